@@ -1,0 +1,89 @@
+# Needs Python 3.11 or newer and make; everything else is installed under build/, which git ignores.
+# An environment is rebuilt when the file that lists its packages changes, and left alone otherwise.
+
+PYTHON ?= python3
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+
+# `override`: these folders are emptied when an environment is rebuilt, so no `make DEV=...` may point them
+# at an environment that somebody else made.
+override BASE := build/env/base
+override DEV := build/env/dev
+override BENCH := build/env/bench
+override LOWEST := build/env/lowest
+SOURCES := $(shell find src -type f -not -name '*.pyc')
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench wheel lowest hooks clean base-environment
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(BASE)/.package  ## generate text from the bundled model, without PyTorch
+	$(BASE)/bin/mbd generate --model storyteller --max-tokens 120 --seed 1 "Once upon a time"
+
+test: $(DEV)/.package  ## every test (PYTEST_ARGS="-k tokenizer" for some)
+	$(DEV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV)/.package  ## ruff check, ruff format --check, mypy --strict
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy --strict src
+
+format: $(DEV)/.package  ## let ruff fix and format
+	$(DEV)/bin/ruff check --fix .
+	$(DEV)/bin/ruff format .
+
+bench: $(BENCH)/.package  ## the benchmarks, peers included (builds llama.cpp: needs a C++ compiler)
+	$(BENCH)/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+wheel: $(DEV)/.package  ## build/dist/*.whl
+	rm -rf build/dist
+	$(DEV)/bin/python -m build --wheel --no-isolation --outdir build/dist . >/dev/null
+	@ls build/dist/*.whl
+
+lowest: $(LOWEST)/.package  ## generate text with the oldest dependencies that pyproject.toml allows
+	$(LOWEST)/bin/mbd generate --model storyteller --max-tokens 20 --seed 1 "Once upon a time"
+
+hooks: $(DEV)/.package  ## install the pre-commit hooks into this clone
+	$(DEV)/bin/pre-commit install
+
+clean:  ## remove build/ and caches
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+base-environment: $(BASE)/.package
+
+# --- environments -----------------------------------------------------------------------------------------
+# .requirements: the packages it needs are in place; .package: this project is installed as well.
+
+# The base dependencies and nothing else; the package is installed as a user would, not editable.
+# A change of pyproject.toml rebuilds the environment, a change of the sources only reinstalls the package.
+$(BASE)/.package: pyproject.toml $(SOURCES)
+	$(if $(filter pyproject.toml,$?),$(PYTHON) -m venv --clear $(BASE))
+	$(BASE)/bin/python $(PIP_INSTALL) $(if $(filter pyproject.toml,$?),,--no-deps --force-reinstall) .
+	touch $@
+
+$(LOWEST)/.package: requirements/lowest.txt pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python $(PIP_INSTALL) -c requirements/lowest.txt .
+	touch $@
+
+$(DEV)/.requirements: requirements/dev.txt
+	$(PYTHON) -m venv --clear $(DEV)
+	$(DEV)/bin/python $(PIP_INSTALL) -r requirements/dev.txt
+	touch $@
+
+# --no-deps, then `pip check`: the pins must satisfy pyproject.toml, and pip must not improve on them.
+$(DEV)/.package: $(DEV)/.requirements pyproject.toml
+	$(DEV)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	$(DEV)/bin/python -m pip check
+	touch $@
+
+# torch and transformers are named in the same invocation, so that no other build of torch is resolved.
+$(BENCH)/.requirements: requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(BENCH)
+	$(BENCH)/bin/python $(PIP_INSTALL) -c requirements/dev.txt torch==2.13.0 transformers==5.24.0 -e '.[bench]'
+	touch $@
+
+$(BENCH)/.package: $(BENCH)/.requirements
+	touch $@

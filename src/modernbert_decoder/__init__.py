@@ -1,0 +1,79 @@
+"""ModernBERT decoder language models: a fast inference engine, and what a checkpoint means.
+
+The public names are loaded on first use, so that `import modernbert_decoder` costs nothing and the command
+line starts at once. This module knows where each name lives and nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modernbert_decoder.architecture import DecoderArchitecture
+    from modernbert_decoder.engine.llm import LLM, CompletionOutput, RequestOutput, Score, StreamChunk
+    from modernbert_decoder.engine.sampling_params import SamplingParams
+    from modernbert_decoder.errors import (
+        CheckpointError,
+        ConfigurationError,
+        InputError,
+        ModelNotFoundError,
+        UserError,
+    )
+    from modernbert_decoder.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "CompletionOutput",
+    "ConfigurationError",
+    "DecoderArchitecture",
+    "InputError",
+    "ModelNotFoundError",
+    "RequestOutput",
+    "SamplingParams",
+    "Score",
+    "StreamChunk",
+    "Tokenizer",
+    "UserError",
+    "__version__",
+]
+
+# public name -> the module that defines it
+_HOMES = MappingProxyType(
+    {
+        "LLM": "engine.llm",
+        "CompletionOutput": "engine.llm",
+        "RequestOutput": "engine.llm",
+        "Score": "engine.llm",
+        "StreamChunk": "engine.llm",
+        "SamplingParams": "engine.sampling_params",
+        "DecoderArchitecture": "architecture",
+        "Tokenizer": "tokenizer",
+        "CheckpointError": "errors",
+        "ConfigurationError": "errors",
+        "InputError": "errors",
+        "ModelNotFoundError": "errors",
+        "UserError": "errors",
+    }
+)
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module on first use.
+
+    Raises:
+        AttributeError: `name` is not public.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

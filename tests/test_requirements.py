@@ -1,0 +1,60 @@
+"""The files that name versions agree with each other."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OWN_EXTRAS = "modernbert-decoder"
+
+
+def pins(file: Path) -> dict[str, str]:
+    """Distribution name -> the exact version that a requirements file pins."""
+    lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+    requirements = [Requirement(line) for line in lines if line]
+    for requirement in requirements:
+        assert [clause.operator for clause in requirement.specifier] == ["=="], f"{requirement} is not a pin"
+    return {canonicalize_name(r.name): next(iter(r.specifier)).version for r in requirements}
+
+
+def bounds(*extras: str) -> dict[str, Requirement]:
+    lines = [*PROJECT["dependencies"]]
+    for extra in extras:
+        lines += PROJECT["optional-dependencies"][extra]
+    requirements = [Requirement(line) for line in lines]
+    return {canonicalize_name(r.name): r for r in requirements if r.name != OWN_EXTRAS}
+
+
+def test_the_development_environment_pins_what_pyproject_asks_for() -> None:
+    pinned = pins(ROOT / "requirements" / "dev.txt")
+    for name, requirement in bounds("torch", "dev").items():
+        assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]} against {requirement}"
+
+
+def test_the_lowest_versions_are_the_lower_bounds_of_pyproject() -> None:
+    lowest = pins(ROOT / "requirements" / "lowest.txt")
+    declared = bounds()
+    assert lowest.keys() == declared.keys()
+    for name, requirement in declared.items():
+        (clause,) = requirement.specifier
+        assert clause.operator == ">="
+        assert Requirement(f"{name}=={clause.version}").specifier.contains(lowest[name])
+
+
+@pytest.mark.parametrize("extra", sorted(PROJECT["optional-dependencies"]))
+def test_no_dependency_has_an_upper_bound(extra: str) -> None:
+    for requirement in bounds(extra).values():
+        operators = {clause.operator for clause in requirement.specifier}
+        assert operators <= {">=", "=="}, str(requirement)
+
+
+def test_the_linter_refuses_to_run_in_another_version_than_the_pinned_one() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    pinned = pins(ROOT / "requirements" / "dev.txt")
+    assert tools["ruff"]["required-version"] == f"=={pinned['ruff']}"
