@@ -1,0 +1,374 @@
+"""Text to token ids and back: `[CLS]` in front of a prompt and never `[SEP]` behind it; decoding as exact as
+the bytes are.
+
+Reads `tokenizer.json` (byte-level BPE) with the tokenizers library, which does the encoding; decoding is done
+here on bytes, so that streaming costs a table look-up per token. It knows no model beyond the size of its
+vocabulary and its special ids.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import Encoding, decoders, processors
+
+from modernbert_decoder.architecture import DecoderArchitecture
+from modernbert_decoder.errors import CheckpointError, InputError, ModelNotFoundError
+
+
+class Tokenizer:
+    """The tokenizer of one model folder.
+
+    Text that spells a special token, such as "[SEP]", becomes that token, as it does in transformers. Lone
+    surrogates, which are not text, are read as U+FFFD. Decoded text is what the tokens say: the
+    `clean_up_tokenization_spaces` of some `tokenizer_config.json` files, with which transformers turns " ."
+    into ".", is not applied.
+
+    Attributes:
+        vocab_size: number of tokens, added ones included.
+        cls_token_id: stands in front of every text.
+        sep_token_id: ends a text; None when neither the tokenizer nor the architecture names one.
+        pad_token_id: None when neither names one.
+    """
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, *, special_ids: Mapping[str, int | None], num_ids: int
+    ) -> None:
+        """For `from_folder`, which has checked all of this; `num_ids` is the number of rows of the
+        embedding.
+        """
+        cls_token_id = special_ids["cls"]
+        assert cls_token_id is not None
+        self._tokenizer = tokenizer
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.cls_token_id = cls_token_id
+        self.sep_token_id = special_ids["sep"]
+        self.pad_token_id = special_ids["pad"]
+        added = tokenizer.get_added_tokens_decoder()
+        skipped = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._all_bytes = _TokenBytes(tokenizer, skipped=frozenset(), num_ids=num_ids)
+        self._text_bytes = _TokenBytes(tokenizer, skipped=skipped, num_ids=num_ids)
+
+    @classmethod
+    def from_folder(cls, folder: Path, architecture: DecoderArchitecture) -> Tokenizer:
+        """Load `tokenizer.json`, and the names of the special tokens from `tokenizer_config.json` if it is
+        there.
+
+        Raises:
+            ModelNotFoundError: there is no `tokenizer.json`.
+            CheckpointError: it cannot be read, is not byte-level, or does not fit the architecture: more ids
+                than the embedding has rows, or another `[CLS]` or `[SEP]` than `config.json` states.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelNotFoundError(
+                f"{folder} holds no tokenizer.json; copy the tokenizer files of the model it was trained "
+                f"from into it"
+            )
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise CheckpointError(f"cannot read {path}: {error}. Download or copy it again") from error
+        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+            raise CheckpointError(
+                f"{path}: the decoder is {type(tokenizer.decoder).__name__}, but only byte-level tokenizers "
+                f"(decoder ByteLevel), "
+                "as all ModernBERT decoders have, can be used"
+            )
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        _check_vocabulary(path, tokenizer, architecture.vocab_size)
+        special_ids = _special_ids(folder, tokenizer, architecture)
+        if tokenizer.post_processor is None:
+            tokenizer.post_processor = _documented_template(special_ids, path)
+        return cls(tokenizer, special_ids=special_ids, num_ids=architecture.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """`[CLS]` and the ids of the text, for generating and scoring; empty text gives `[CLS]` alone."""
+        return [self.cls_token_id, *self._encode(text).ids]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts, on all cores (environment variable TOKENIZERS_PARALLELISM=false: on
+        one).
+        """
+        if (
+            len(texts) == 1
+        ):  # keeps the library's threads, which complain after a fork, out of the common case
+            return [self.encode(texts[0])]
+        cleaned = [_without_surrogates(text) for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
+        return [[self.cls_token_id, *encoding.ids] for encoding in encodings]
+
+    def encode_template(
+        self, text: str, pair: str | None = None, *, max_length: int | None = None
+    ) -> list[int]:
+        """The ids in the file's template, `[CLS] A [SEP]` or `[CLS] A [SEP] B [SEP]`, for classifying and
+        embedding.
+
+        Args:
+            text: A.
+            pair: B.
+            max_length: shorten A and B, the longer one first, from their ends, until all of the ids are no
+                more than this; the template's own tokens stay.
+
+        Raises:
+            InputError: `max_length` does not even hold the template's own tokens.
+        """
+        first = self._encode(text)
+        second = None if pair is None else self._encode(pair)
+        if max_length is not None:
+            num_own = self._tokenizer.num_special_tokens_to_add(pair is not None)
+            if max_length < num_own:
+                raise InputError(f"max_length is {max_length}, but the template alone needs {num_own} tokens")
+            _truncate_longest_first(first, second, room=max_length - num_own)
+        ids: list[int] = self._tokenizer.post_process(first, second, add_special_tokens=True).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing.
+
+        Raises:
+            InputError: an id is negative or beyond the model's vocabulary.
+        """
+        table = self._text_bytes if skip_special_tokens else self._all_bytes
+        return b"".join(map(table.__getitem__, ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, possibly only a part of a character; a special token's are its
+        name.
+        """
+        return self._all_bytes[token_id]
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, for display: U+FFFD where it holds only a part of a character; special tokens by
+        name.
+        """
+        return self._all_bytes[token_id].decode("utf-8", "replace")
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> StreamingDetokenizer:
+        """A new detokenizer for one stream of ids."""
+        return StreamingDetokenizer(self._text_bytes if skip_special_tokens else self._all_bytes)
+
+    def _encode(self, text: str) -> Encoding:
+        return self._tokenizer.encode(_without_surrogates(text), add_special_tokens=False)
+
+
+class StreamingDetokenizer:
+    """Turns ids into text one by one; all it returns, put together, equals `Tokenizer.decode` of all the
+    ids.
+    """
+
+    def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
+        """Made by `Tokenizer.detokenizer`."""
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._pieces: list[str] = []
+
+    def put(self, token_id: int) -> str:
+        """The text that this token completes: "" as long as a character is incomplete.
+
+        Raises:
+            InputError: the id is negative or beyond the model's vocabulary.
+        """
+        new_text = self._decoder.decode(self._token_bytes[token_id])
+        if new_text:
+            self._pieces.append(new_text)
+        return new_text
+
+    def finish(self) -> str:
+        """End the stream: U+FFFD if it ended within a character, else ""."""
+        new_text = self._decoder.decode(b"", True)
+        if new_text:
+            self._pieces.append(new_text)
+        return new_text
+
+    @property
+    def text(self) -> str:
+        """Everything returned so far."""
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
+
+
+class _TokenBytes(dict[int, bytes]):
+    """Token id -> bytes, filled as ids are met, since a whole table takes longer than the first tokens of a
+    model.
+
+    The bytes of consecutive tokens are simply joined, as the tokenizers library does: a token whose
+    characters are all in GPT-2's byte alphabet stands for those bytes, any other (an added token with spaces,
+    say) for its UTF-8.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, skipped: frozenset[int], num_ids: int) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._skipped = skipped
+        self._num_ids = num_ids
+        self._byte_of = _byte_alphabet()
+
+    def __missing__(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self._num_ids:
+            raise InputError(
+                f"token id {token_id} is not between 0 and {self._num_ids - 1}, the model's vocabulary"
+            )
+        token_id = int(token_id)
+        token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
+        if token is None:
+            data = b""
+        elif all(character in self._byte_of for character in token):
+            data = bytes(self._byte_of[character] for character in token)
+        else:
+            data = token.encode()
+        self[token_id] = data
+        return data
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for each byte, inverted: printable Latin-1 stands for itself, the rest for
+    U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _without_surrogates(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates replaced by U+FFFD; the tokenizers library
+    refuses them.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _truncate_longest_first(first: Encoding, second: Encoding | None, *, room: int) -> None:
+    """Shorten both in place to `room` tokens in all, as transformers' "longest_first" does."""
+    if second is None:
+        first.truncate(min(len(first), room))
+        return
+    if len(first) + len(second) <= room:
+        return
+    shorter, longer = sorted((first, second), key=len)
+    keep_shorter = min(len(shorter), room // 2)
+    longer.truncate(room - keep_shorter)
+    shorter.truncate(keep_shorter)
+
+
+def _check_vocabulary(path: Path, tokenizer: tokenizers.Tokenizer, num_ids: int) -> None:
+    """Every id the tokenizer can give must have a row in the embedding."""
+    num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+    if num_tokens <= num_ids and None not in map(tokenizer.id_to_token, range(num_tokens)):
+        return  # ids 0 .. num_tokens - 1: the usual case, found without building the vocabulary
+    too_large = sorted(
+        (i, token) for token, i in tokenizer.get_vocab(with_added_tokens=True).items() if i >= num_ids
+    )
+    if too_large:
+        token_id, token = too_large[0]
+        raise CheckpointError(
+            f"{path} has {len(too_large)} tokens beyond the embedding's {num_ids} rows (vocab_size in "
+            f"config.json), the first "
+            f"is {token!r} with id {token_id}; it belongs to another model, or the embedding was not resized"
+        )
+
+
+def _special_ids(
+    folder: Path, tokenizer: tokenizers.Tokenizer, architecture: DecoderArchitecture
+) -> dict[str, int | None]:
+    """The ids of [CLS], [SEP] and [PAD]: `tokenizer_config.json` names them, `config.json` must agree or
+    fills in.
+
+    For padding, which no result depends on, the tokenizer's own id is taken whatever the architecture says,
+    since fine-tuned models often set only one of the two.
+    """
+    path = folder / "tokenizer_config.json"
+    config = _read_config(path)
+    cls_token_id = _named_id(path, config, tokenizer, ("cls_token", "bos_token"))
+    sep_token_id = _named_id(path, config, tokenizer, ("sep_token", "eos_token"))
+    pad_token_id = _named_id(path, config, tokenizer, ("pad_token",))
+    for name, own, stated in (
+        ("cls_token_id", cls_token_id, architecture.cls_token_id),
+        ("sep_token_id", sep_token_id, architecture.sep_token_id),
+    ):
+        if own is not None and stated is not None and own != stated:
+            raise CheckpointError(
+                f"{folder}: config.json says {name} is {stated} ({tokenizer.id_to_token(stated)!r}), but "
+                f"the tokenizer has "
+                f"{tokenizer.id_to_token(own)!r} with id {own} (tokenizer_config.json); make them agree, or "
+                f"copy both from one model"
+            )
+    cls_token_id = _first(cls_token_id, architecture.cls_token_id, architecture.bos_token_id)
+    if cls_token_id is None:
+        raise CheckpointError(
+            f"{folder}: neither tokenizer_config.json (cls_token, bos_token) nor config.json (cls_token_id, "
+            f"bos_token_id) "
+            "names the token that starts every text; add it"
+        )
+    return {
+        "cls": cls_token_id,
+        "sep": _first(sep_token_id, architecture.sep_token_id, architecture.eos_token_id),
+        "pad": _first(pad_token_id, architecture.pad_token_id),
+    }
+
+
+def _named_id(
+    path: Path, config: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, keys: Sequence[str]
+) -> int | None:
+    """The id of the first token that `config` names under one of the keys; spelled as text or as {"content":
+    text}.
+    """
+    for key in keys:
+        token = config.get(key)
+        if isinstance(token, Mapping):
+            token = token.get("content")
+        if token is None:
+            continue
+        token_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if token_id is None:
+            raise CheckpointError(
+                f"{path}: {key} is {token!r}, which is not a token of tokenizer.json; copy both from one "
+                f"model"
+            )
+        return token_id
+    return None
+
+
+def _first(*candidates: int | None) -> int | None:
+    return next((candidate for candidate in candidates if candidate is not None), None)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`; empty if there is none, since `config.json` names the ids
+    too.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Download or copy it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__} instead of a JSON object")
+    return config
+
+
+def _documented_template(special_ids: Mapping[str, int | None], path: Path) -> processors.TemplateProcessing:
+    """`[CLS] A [SEP]` and `[CLS] A [SEP] B [SEP]`, for a file that states no template."""
+    cls_token_id, sep_token_id = special_ids["cls"], special_ids["sep"]
+    assert cls_token_id is not None
+    if sep_token_id is None:
+        raise CheckpointError(
+            f"{path} has no post_processor, and no token is named that ends a text (sep_token); add it"
+        )
+    return processors.TemplateProcessing(
+        single=["CLS", "$A", "SEP"],
+        pair=["CLS", "$A", "SEP", "$B", "SEP"],
+        special_tokens=[("CLS", cls_token_id), ("SEP", sep_token_id)],
+    )
