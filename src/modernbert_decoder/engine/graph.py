@@ -1,0 +1,277 @@
+"""The ONNX graph of a decoder: from token ids and caches to vocabulary logits and updated caches.
+
+Everything about the model comes from `DecoderArchitecture`, every weight format from `QuantizationScheme`; the
+weights themselves stay outside the graph and are handed to the session by name. This module knows nothing of
+sessions, slots or requests, and it is the only one that imports `onnx`.
+
+Legend: B rows, S new tokens per row (right-padded), M positions whose logits are wanted, H heads, D head width,
+C model width, V vocabulary, P cache capacity of a full layer, R of a sliding layer.
+
+The rows of a call are dense (B, S) rather than packed: packing the valid tokens needs two gathers per layer,
+which cost 17 % of a decode step at 17m, while the scheduler calls decode rows and prompt chunks separately
+(docs/design.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from modernbert_decoder.architecture import DecoderArchitecture, LayerKind
+from modernbert_decoder.engine.weights import EMBEDDING_ROWS, rotary_name
+from modernbert_decoder.errors import ConfigurationError
+from modernbert_decoder.quantization import (
+    EMBEDDING,
+    VOCABULARY,
+    MatrixFormat,
+    QuantizationScheme,
+    fused_shapes,
+)
+
+_OPSET: Final = 21
+_IR_VERSION: Final = 10
+_CONTRIB: Final = "com.microsoft"
+# int8 activations, quantized per block; levels 0 and 1 unpack the whole matrix on every decode step.
+_ACCURACY_INT8: Final = 4
+
+
+_NUMPY_TYPES: Final = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.uint8): TensorProto.UINT8,
+}
+
+
+def build_graph(architecture: DecoderArchitecture, scheme: QuantizationScheme, *, num_positions: int) -> bytes:
+    """The serialized graph, without weights, of the language model.
+
+    Inputs: `input_ids` (B, S) int64; `last_positions` (B,) int32, the total length after the call minus 1;
+    `longest` () int32, the largest total length; `query_lengths` (B,) int32, valid tokens per row;
+    `logit_positions` (M,) int64, indices into the B * S tokens; `past_key.i` and `past_value.i`.
+    Outputs: `logits` (M, V), `present_key.i`, `present_value.i`.
+
+    Raises:
+        ConfigurationError: a head width that ONNX Runtime's rotary kernel cannot take.
+    """
+    if architecture.head_dim % 16:
+        raise ConfigurationError(
+            f"the head width is {architecture.head_dim} (hidden_size {architecture.hidden_size} / "
+            f"num_attention_heads {architecture.num_attention_heads}); the engine needs a multiple of 16"
+        )
+    graph = _GraphBuilder(architecture, scheme, num_positions)
+    graph.build()
+    return graph.serialized()
+
+
+class _GraphBuilder:
+    """Collects nodes, initializers and the graph's inputs and outputs while walking through the model."""
+
+    def __init__(
+        self, architecture: DecoderArchitecture, scheme: QuantizationScheme, num_positions: int
+    ) -> None:
+        self.architecture = architecture
+        self.scheme = scheme
+        self.num_positions = num_positions
+        self.shapes = fused_shapes(architecture)
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+
+    def build(self) -> None:
+        self._declare_inputs()
+        x = self.embeddings()
+        for index in range(self.architecture.num_hidden_layers):
+            x = self.layer(index, x)
+        x = self.norm("model.final_norm", x)
+        self.language_model_head(x)
+
+    # The model, top down.
+
+    def embeddings(self) -> str:
+        matrix = self.scheme.format_of(EMBEDDING).fitted(self.architecture.hidden_size)
+        if matrix.bits == 32:
+            x = self.op("Gather", [self.external(EMBEDDING, self.shapes[EMBEDDING]), "input_ids"])
+        else:
+            x = self.op(
+                "GatherBlockQuantized",
+                [self._gather_data(matrix), "input_ids", self._scales(EMBEDDING, matrix)]
+                + ([self._zero_points(EMBEDDING, matrix)] if matrix.has_zero_points else []),
+                domain=_CONTRIB,
+                bits=matrix.bits,
+                block_size=matrix.block_size,
+                gather_axis=0,
+                quantize_axis=1,
+            )
+        return self.norm("model.embeddings.norm", x)
+
+    def layer(self, index: int, x: str) -> str:
+        name = f"model.layers.{index}"
+        # Layer 0 reads the embedding's norm directly: it has no norm of its own.
+        h = x if index == 0 else self.norm(f"{name}.attn_norm", x)
+        x = self.op("Add", [x, self.attention(index, h)])
+        return self.op("Add", [x, self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))])
+
+    def attention(self, index: int, h: str) -> str:
+        kind = self.architecture.layer_kinds[index]
+        is_sliding = kind is LayerKind.SLIDING
+        name = f"model.layers.{index}.attn"
+        qkv = self.linear(f"{name}.Wqkv", h)
+        rotary = rotary_name(self.architecture, kind)
+        table_shape = (self.num_positions, self.architecture.head_dim // 2)
+        cos, sin = (self.external(f"{rotary}.{part}", table_shape) for part in ("cos", "sin"))
+        past = [f"past_key.{index}", f"past_value.{index}"]
+        present = [f"present_key.{index}", f"present_value.{index}"]
+        capacity = "R" if is_sliding else "P"
+        cache = ["B", self.architecture.num_attention_heads, capacity, self.architecture.head_dim]
+        self.inputs += [_value(tensor, TensorProto.FLOAT, cache) for tensor in past]
+        self.outputs += [_value(tensor, TensorProto.FLOAT, cache) for tensor in present]
+        window = {"local_window_size": self.architecture.window, "sliding_window_cache": 1}
+        output = f"{name}.output"
+        self.op(
+            "GroupQueryAttention",
+            [qkv, "", "", *past, "last_positions", "longest", cos, sin, *[""] * 7, "query_lengths"],
+            outputs=[output, *present],
+            domain=_CONTRIB,
+            num_heads=self.architecture.num_attention_heads,
+            kv_num_heads=self.architecture.num_attention_heads,
+            do_rotary=1,
+            **(window if is_sliding else {}),
+        )
+        return self.linear(f"{name}.Wo", output)
+
+    def mlp(self, name: str, h: str) -> str:
+        # The first half of Wi is activated, the second is the gate.
+        half = self.op("Split", [self.linear(f"{name}.Wi", h)], outputs=2, axis=-1, num_outputs=2)
+        activated = self.activation(self.architecture.hidden_activation, half[0])
+        return self.linear(f"{name}.Wo", self.op("Mul", [activated, half[1]]))
+
+    def language_model_head(self, x: str) -> None:
+        tokens = self.op("Reshape", [x, self.constant("token_rows", [-1, self.architecture.hidden_size])])
+        h = self.op("Gather", [tokens, "logit_positions"])
+        h = self.activation(self.architecture.classifier_activation, self.linear("lm_head.dense", h))
+        h = self.norm("lm_head.norm", h)
+        weight = EMBEDDING if self.architecture.tie_word_embeddings else VOCABULARY
+        self.linear("decoder", h, weight=weight, output="logits")
+        self.outputs.insert(0, _value("logits", TensorProto.FLOAT, ["M", self.architecture.vocab_size]))
+
+    # Building blocks.
+
+    def linear(self, name: str, x: str, *, weight: str | None = None, output: str | None = None) -> str:
+        weight = weight or f"{name}.weight"
+        rows, columns = self.shapes[weight]
+        matrix = self.scheme.format_of(weight).fitted(columns)
+        bias = f"{name}.bias"
+        bias_inputs = [self.external(bias, self.shapes[bias])] if bias in self.shapes else []
+        outputs = [output] if output else 1
+        if matrix.bits == 32:
+            inputs = [x, self.external(weight, (rows, columns))]
+            if not bias_inputs:
+                return self.op("FusedMatMul", inputs, outputs=outputs, domain=_CONTRIB, transB=1)
+            product = self.op("FusedMatMul", inputs, domain=_CONTRIB, transB=1)
+            return self.op("Add", [product, *bias_inputs], outputs=outputs)
+        inputs = [x, self._packed_data(weight, rows, columns, matrix), self._scales(weight, matrix)]
+        inputs.append(self._zero_points(weight, matrix) if matrix.has_zero_points else "")
+        return self.op(
+            "MatMulNBits",
+            [*inputs, "", *bias_inputs] if bias_inputs else inputs,
+            outputs=outputs,
+            domain=_CONTRIB,
+            K=columns,
+            N=rows,
+            bits=matrix.bits,
+            block_size=matrix.block_size,
+            accuracy_level=_ACCURACY_INT8,
+        )
+
+    def norm(self, name: str, x: str) -> str:
+        inputs = [x, self.external(f"{name}.weight", self.shapes[f"{name}.weight"])]
+        if f"{name}.bias" in self.shapes:
+            inputs.append(self.external(f"{name}.bias", self.shapes[f"{name}.bias"]))
+        return self.op("LayerNormalization", inputs, axis=-1, epsilon=self.architecture.norm_eps)
+
+    def activation(self, name: str, x: str) -> str:
+        """Every name that `DecoderArchitecture` accepts, as ONNX operators."""
+        if name == "gelu":
+            return self.op("Gelu", [x], domain=_CONTRIB)
+        if name in ("gelu_new", "gelu_pytorch_tanh"):
+            return self.op("Gelu", [x], approximate="tanh")
+        if name == "relu":
+            return self.op("Relu", [x])
+        if name in ("silu", "swish"):
+            return self.op("Mul", [x, self.op("Sigmoid", [x])])
+        raise ConfigurationError(f"the engine has no activation {name!r}")
+
+    # Plumbing.
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        *,
+        outputs: int | Sequence[str] = 1,
+        domain: str = "",
+        **attributes: Any,
+    ) -> Any:
+        """Appends a node; its one output's name, or the tuple of names where `outputs` asks for several."""
+        name = f"{kind}_{len(self.nodes)}"
+        names = [f"{name}.{i}" for i in range(outputs)] if isinstance(outputs, int) else list(outputs)
+        self.nodes.append(helper.make_node(kind, inputs, names, name=name, domain=domain, **attributes))
+        return names[0] if len(names) == 1 else tuple(names)
+
+    def external(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> str:
+        """Declares an initializer whose bytes the session is given by name."""
+        if name not in self.initializers:
+            tensor = TensorProto(name=name, data_type=_NUMPY_TYPES[np.dtype(dtype)], dims=shape)
+            tensor.data_location = TensorProto.EXTERNAL
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            for key, value in (("location", name), ("offset", "0"), ("length", str(size))):
+                tensor.external_data.add(key=key, value=value)
+            self.initializers[name] = tensor
+        return name
+
+    def constant(self, name: str, values: Sequence[int]) -> str:
+        self.initializers[name] = onnx.numpy_helper.from_array(np.array(values, np.int64), name)
+        return name
+
+    def _packed_data(self, weight: str, rows: int, columns: int, matrix: MatrixFormat) -> str:
+        blocks = -(-columns // matrix.block_size)
+        return self.external(f"{weight}.data", (rows, blocks, matrix.block_size * matrix.bits // 8), np.uint8)
+
+    def _scales(self, weight: str, matrix: MatrixFormat) -> str:
+        rows, columns = self.shapes[weight]
+        return self.external(f"{weight}.scales", (rows, -(-columns // matrix.block_size)))
+
+    def _zero_points(self, weight: str, matrix: MatrixFormat) -> str:
+        rows, columns = self.shapes[weight]
+        blocks = -(-columns // matrix.block_size)
+        return self.external(f"{weight}.zero_points", (rows, -(-blocks // 2)), np.uint8)
+
+    def _gather_data(self, matrix: MatrixFormat) -> str:
+        """The embedding's bytes as a table of rows: the same memory as `<embedding>.data`, another shape."""
+        rows, columns = self.shapes[EMBEDDING]
+        return self.external(EMBEDDING_ROWS, (rows, columns * matrix.bits // 8), np.uint8)
+
+    def _declare_inputs(self) -> None:
+        self.inputs += [
+            _value("input_ids", TensorProto.INT64, ["B", "S"]),
+            _value("last_positions", TensorProto.INT32, ["B"]),
+            _value("longest", TensorProto.INT32, []),
+            _value("query_lengths", TensorProto.INT32, ["B"]),
+            _value("logit_positions", TensorProto.INT64, ["M"]),
+        ]
+
+    def serialized(self) -> bytes:
+        graph = helper.make_graph(
+            self.nodes, "modernbert-decoder", self.inputs, self.outputs, list(self.initializers.values())
+        )
+        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
+        return bytes(model.SerializeToString())
+
+
+def _value(name: str, element_type: int, shape: Sequence[str | int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, element_type, shape)

@@ -1,0 +1,182 @@
+"""Continuous batching: admit, prefill in chunks, decode together, retire.
+
+Each step gives every decoding request one token in one call, and then spends at most one chunk of tokens on
+prompts, so that a long prompt delays running requests by no more than a chunk. Slots 0..d-1 belong to the
+decoding requests in the order of their list, those behind to prompts being prefilled; requests that leave
+are replaced by the last of their kind. This module knows requests and rows, not texts or sampling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from modernbert_decoder.engine.request import Float32, Request
+from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.selection import Workspace
+from modernbert_decoder.errors import UserError
+
+# Positions scored in one call: each needs a row of vocabulary logits.
+_SCORED_POSITIONS = 128
+
+
+class Scheduler:
+    """Runs requests on one runtime.
+
+    Args:
+        runtime: session and cache.
+        eos_token_ids: tokens that end a text.
+        chunk_size: most prompt tokens per step.
+    """
+
+    def __init__(self, runtime: Runtime, *, eos_token_ids: Sequence[int], chunk_size: int) -> None:
+        self._runtime = runtime
+        self._cache = runtime.cache
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._chunk_size = chunk_size
+        self._workspace = Workspace(runtime.architecture.vocab_size)
+        self._waiting: deque[Request] = deque()
+        self._prefilling: list[Request] = []
+        self._decoding: list[Request] = []
+        self._rows: list[Row] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._decoding or self._prefilling or self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._decoding) + len(self._prefilling)
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queues the completions of one prompt; the first carries the prefill for its siblings."""
+        leader, *siblings = requests
+        leader.siblings = siblings
+        self._waiting.append(leader)
+
+    def abort(self, request: Request) -> None:
+        """Ends a request wherever it is; its slot is free for the next step."""
+        if request.is_finished:
+            return
+        request.fail(None)
+        if request in self._waiting:
+            self._waiting.remove(request)
+            self._promote(request.siblings)
+        elif request.row is not None:
+            self._retire(request)
+        else:
+            for leader in (*self._waiting, *self._prefilling):
+                if request in leader.siblings:
+                    leader.siblings.remove(request)
+
+    def step(self) -> None:
+        """One token for every decoding request, then up to one chunk of prompts."""
+        if self._waiting:
+            self._admit()
+        if self._decoding:
+            self._decode()
+        if self._prefilling:
+            self._prefill()
+
+    def _admit(self) -> None:
+        while self._waiting and self._cache.num_free:
+            request = self._waiting.popleft()
+            request.row = Row(self._cache.allocate(), ())
+            request.admitted_at = time.perf_counter()
+            self._prefilling.append(request)
+
+    def _decode(self) -> None:
+        requests = tuple(self._decoding)
+        for request, logits in zip(requests, self._runtime.step(self._rows), strict=True):
+            self._accept(request, logits[0])
+
+    def _prefill(self) -> None:
+        budget = self._chunk_size
+        chosen: list[tuple[Request, Row]] = []
+        for request in self._prefilling:
+            row = request.row
+            assert row is not None
+            end = min(request.num_prefilled + budget, len(request.prompt_ids))
+            if request.is_scoring:
+                end = min(end, request.num_prefilled + _SCORED_POSITIONS)
+            row.token_ids = request.prompt_ids[request.num_prefilled : end]
+            is_last = end == len(request.prompt_ids)
+            row.num_logits = len(row.token_ids) - is_last if request.is_scoring else int(is_last)
+            chosen.append((request, row))
+            budget -= len(row.token_ids)
+            if budget <= 0:
+                break
+        results = self._runtime.step([row for _, row in chosen])
+        for (request, row), logits in zip(chosen, results, strict=True):
+            request.num_prefilled += len(row.token_ids)
+            if request.is_scoring:
+                request.accept_prompt_logits(logits, self._workspace)
+            if request.num_prefilled == len(request.prompt_ids):
+                if request.is_scoring:
+                    request.finish_scoring()
+                    self._retire(request)
+                else:
+                    self._start_decoding(request, logits[0])
+
+    def _start_decoding(self, leader: Request, logits: Float32) -> None:
+        """Moves a prefilled request, and as many siblings as find a slot, among the decoding ones."""
+        leader_row = leader.row
+        assert leader_row is not None
+        started = [leader]
+        while leader.siblings and self._cache.num_free:
+            sibling = leader.siblings.pop(0)
+            sibling.row = Row(self._cache.fork(leader_row.slot), ())
+            sibling.admitted_at = leader.admitted_at
+            started.append(sibling)
+        # Those left over prefill again once a slot is free: waiting for one here could wait for ever.
+        self._promote(leader.siblings)
+        leader.siblings = []
+        self._prefilling.remove(leader)
+        for request in started:
+            assert request.row is not None
+            self._cache.swap(request.row.slot, len(self._decoding))
+            request.row.num_logits = 1
+            self._decoding.append(request)
+            self._rows.append(request.row)
+        now = time.perf_counter()
+        for request in started:
+            request.prepare(eos_token_ids=self._eos_token_ids, workspace=self._workspace)
+            request.first_token_at = now
+            self._accept(request, logits)
+
+    def _promote(self, siblings: list[Request]) -> None:
+        """Queues the siblings of a leader that cannot serve them, in front."""
+        if siblings:
+            leader, *others = siblings
+            leader.siblings = others
+            self._waiting.appendleft(leader)
+
+    def _accept(self, request: Request, logits: Float32) -> None:
+        try:
+            token_id = request.accept(logits)
+        except UserError as error:
+            request.fail(error)
+        else:
+            assert request.row is not None
+            request.row.token_ids = (token_id,)
+        if request.is_finished:
+            self._retire(request)
+
+    def _retire(self, request: Request) -> None:
+        """Frees the slot; the last decoding request takes a decoding one's place, in list and cache."""
+        row = request.row
+        assert row is not None
+        if request in self._prefilling:
+            self._prefilling.remove(request)
+            self._promote(request.siblings)
+            request.siblings = []
+        else:
+            place = self._decoding.index(request)
+            self._decoding[place] = self._decoding[-1]
+            self._rows[place] = self._rows[-1]
+            self._decoding.pop()
+            self._rows.pop()
+            self._cache.swap(row.slot, len(self._decoding))
+        self._cache.free(row.slot)
+        request.row = None
