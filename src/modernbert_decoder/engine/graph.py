@@ -1,10 +1,10 @@
 """The ONNX graph of a decoder: from token ids and caches to vocabulary logits and updated caches.
 
-Everything about the model comes from `DecoderArchitecture`, every weight format from `QuantizationScheme`; the
-weights themselves stay outside the graph and are handed to the session by name. This module knows nothing of
-sessions, slots or requests, and it is the only one that imports `onnx`.
+Everything about the model comes from `DecoderArchitecture`, every weight format from `QuantizationScheme`;
+the weights themselves stay outside the graph and are handed to the session by name. This module knows nothing
+of sessions, slots or requests, and it is the only one that imports `onnx`.
 
-Legend: B rows, S new tokens per row (right-padded), M positions whose logits are wanted, H heads, D head width,
+Legend: B rows, S new tokens per row (right-padded), M positions with logits, H heads, D head width,
 C model width, V vocabulary, P cache capacity of a full layer, R of a sliding layer.
 
 The rows of a call are dense (B, S) rather than packed: packing the valid tokens needs two gathers per layer,
@@ -45,7 +45,9 @@ _NUMPY_TYPES: Final = {
 }
 
 
-def build_graph(architecture: DecoderArchitecture, scheme: QuantizationScheme, *, num_positions: int) -> bytes:
+def build_graph(
+    architecture: DecoderArchitecture, scheme: QuantizationScheme, *, num_positions: int
+) -> bytes:
     """The serialized graph, without weights, of the language model.
 
     Inputs: `input_ids` (B, S) int64; `last_positions` (B,) int32, the total length after the call minus 1;
@@ -82,6 +84,7 @@ class _GraphBuilder:
         self.outputs: list[onnx.ValueInfoProto] = []
 
     def build(self) -> None:
+        """Walks through the model once, from ids to logits."""
         self._declare_inputs()
         x = self.embeddings()
         for index in range(self.architecture.num_hidden_layers):
@@ -92,6 +95,7 @@ class _GraphBuilder:
     # The model, top down.
 
     def embeddings(self) -> str:
+        """The normalized embeddings (B, S, C) of `input_ids`."""
         matrix = self.scheme.format_of(EMBEDDING).fitted(self.architecture.hidden_size)
         if matrix.bits == 32:
             x = self.op("Gather", [self.external(EMBEDDING, self.shapes[EMBEDDING]), "input_ids"])
@@ -109,6 +113,7 @@ class _GraphBuilder:
         return self.norm("model.embeddings.norm", x)
 
     def layer(self, index: int, x: str) -> str:
+        """The residual stream (B, S, C) after one layer."""
         name = f"model.layers.{index}"
         # Layer 0 reads the embedding's norm directly: it has no norm of its own.
         h = x if index == 0 else self.norm(f"{name}.attn_norm", x)
@@ -116,6 +121,7 @@ class _GraphBuilder:
         return self.op("Add", [x, self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))])
 
     def attention(self, index: int, h: str) -> str:
+        """Rotary attention over past and new tokens, with the cache updated in place."""
         kind = self.architecture.layer_kinds[index]
         is_sliding = kind is LayerKind.SLIDING
         name = f"model.layers.{index}.attn"
@@ -126,12 +132,17 @@ class _GraphBuilder:
         past = [f"past_key.{index}", f"past_value.{index}"]
         present = [f"present_key.{index}", f"present_value.{index}"]
         capacity = "R" if is_sliding else "P"
-        cache = ["B", self.architecture.num_attention_heads, capacity, self.architecture.head_dim]
+        cache: list[str | int] = [
+            "B",
+            self.architecture.num_attention_heads,
+            capacity,
+            self.architecture.head_dim,
+        ]
         self.inputs += [_value(tensor, TensorProto.FLOAT, cache) for tensor in past]
         self.outputs += [_value(tensor, TensorProto.FLOAT, cache) for tensor in present]
         window = {"local_window_size": self.architecture.window, "sliding_window_cache": 1}
         output = f"{name}.output"
-        self.op(
+        self.multi_op(
             "GroupQueryAttention",
             [qkv, "", "", *past, "last_positions", "longest", cos, sin, *[""] * 7, "query_lengths"],
             outputs=[output, *present],
@@ -144,12 +155,15 @@ class _GraphBuilder:
         return self.linear(f"{name}.Wo", output)
 
     def mlp(self, name: str, h: str) -> str:
+        """The gated feed-forward block."""
         # The first half of Wi is activated, the second is the gate.
-        half = self.op("Split", [self.linear(f"{name}.Wi", h)], outputs=2, axis=-1, num_outputs=2)
-        activated = self.activation(self.architecture.hidden_activation, half[0])
-        return self.linear(f"{name}.Wo", self.op("Mul", [activated, half[1]]))
+        halves = [f"{name}.activated", f"{name}.gate"]
+        self.multi_op("Split", [self.linear(f"{name}.Wi", h)], outputs=halves, axis=-1, num_outputs=2)
+        activated = self.activation(self.architecture.hidden_activation, halves[0])
+        return self.linear(f"{name}.Wo", self.op("Mul", [activated, halves[1]]))
 
     def language_model_head(self, x: str) -> None:
+        """Vocabulary logits (M, V) at `logit_positions`."""
         tokens = self.op("Reshape", [x, self.constant("token_rows", [-1, self.architecture.hidden_size])])
         h = self.op("Gather", [tokens, "logit_positions"])
         h = self.activation(self.architecture.classifier_activation, self.linear("lm_head.dense", h))
@@ -161,24 +175,24 @@ class _GraphBuilder:
     # Building blocks.
 
     def linear(self, name: str, x: str, *, weight: str | None = None, output: str | None = None) -> str:
+        """The product with the transposed weight, plus the bias where there is one, in the weight's format."""
         weight = weight or f"{name}.weight"
         rows, columns = self.shapes[weight]
         matrix = self.scheme.format_of(weight).fitted(columns)
         bias = f"{name}.bias"
         bias_inputs = [self.external(bias, self.shapes[bias])] if bias in self.shapes else []
-        outputs = [output] if output else 1
         if matrix.bits == 32:
             inputs = [x, self.external(weight, (rows, columns))]
             if not bias_inputs:
-                return self.op("FusedMatMul", inputs, outputs=outputs, domain=_CONTRIB, transB=1)
+                return self.op("FusedMatMul", inputs, output=output, domain=_CONTRIB, transB=1)
             product = self.op("FusedMatMul", inputs, domain=_CONTRIB, transB=1)
-            return self.op("Add", [product, *bias_inputs], outputs=outputs)
+            return self.op("Add", [product, *bias_inputs], output=output)
         inputs = [x, self._packed_data(weight, rows, columns, matrix), self._scales(weight, matrix)]
         inputs.append(self._zero_points(weight, matrix) if matrix.has_zero_points else "")
         return self.op(
             "MatMulNBits",
             [*inputs, "", *bias_inputs] if bias_inputs else inputs,
-            outputs=outputs,
+            output=output,
             domain=_CONTRIB,
             K=columns,
             N=rows,
@@ -188,6 +202,7 @@ class _GraphBuilder:
         )
 
     def norm(self, name: str, x: str) -> str:
+        """Layer normalization over C."""
         inputs = [x, self.external(f"{name}.weight", self.shapes[f"{name}.weight"])]
         if f"{name}.bias" in self.shapes:
             inputs.append(self.external(f"{name}.bias", self.shapes[f"{name}.bias"]))
@@ -212,15 +227,21 @@ class _GraphBuilder:
         kind: str,
         inputs: Sequence[str],
         *,
-        outputs: int | Sequence[str] = 1,
+        output: str | None = None,
         domain: str = "",
         **attributes: Any,
-    ) -> Any:
-        """Appends a node; its one output's name, or the tuple of names where `outputs` asks for several."""
+    ) -> str:
+        """Appends a node with one output and returns that output's name."""
+        output = output or f"{kind}_{len(self.nodes)}.0"
+        self.multi_op(kind, inputs, outputs=[output], domain=domain, **attributes)
+        return output
+
+    def multi_op(
+        self, kind: str, inputs: Sequence[str], *, outputs: Sequence[str], domain: str = "", **attributes: Any
+    ) -> None:
+        """Appends a node with the outputs named."""
         name = f"{kind}_{len(self.nodes)}"
-        names = [f"{name}.{i}" for i in range(outputs)] if isinstance(outputs, int) else list(outputs)
-        self.nodes.append(helper.make_node(kind, inputs, names, name=name, domain=domain, **attributes))
-        return names[0] if len(names) == 1 else tuple(names)
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes))
 
     def external(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> str:
         """Declares an initializer whose bytes the session is given by name."""
@@ -234,6 +255,7 @@ class _GraphBuilder:
         return name
 
     def constant(self, name: str, values: Sequence[int]) -> str:
+        """Declares a small initializer that lies in the graph itself."""
         self.initializers[name] = onnx.numpy_helper.from_array(np.array(values, np.int64), name)
         return name
 
@@ -265,6 +287,7 @@ class _GraphBuilder:
         ]
 
     def serialized(self) -> bytes:
+        """The model in protobuf form."""
         graph = helper.make_graph(
             self.nodes, "modernbert-decoder", self.inputs, self.outputs, list(self.initializers.values())
         )

@@ -16,7 +16,9 @@ from modernbert_decoder.checkpoint import cache_folder
 from modernbert_decoder.quantization import QuantizationScheme
 
 
-def cached_graph(architecture: DecoderArchitecture, scheme: QuantizationScheme, *, num_positions: int) -> bytes:
+def cached_graph(
+    architecture: DecoderArchitecture, scheme: QuantizationScheme, *, num_positions: int
+) -> bytes:
     """What `build_graph` returns for these arguments, from the cache folder where it is there.
 
     A cache folder that cannot be written only costs the time to build the graph.

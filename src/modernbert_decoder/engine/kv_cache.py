@@ -11,6 +11,7 @@ Legend: H heads, D head width.
 from __future__ import annotations
 
 import mmap
+import sys
 from typing import Final
 
 import numpy as np
@@ -22,6 +23,10 @@ Float32 = NDArray[np.float32]
 
 # Positions a ring holds beyond the window: it is compacted once in (slack + 1) tokens, not at every token.
 RING_SLACK: Final = 64
+
+
+# Python names this flag from 3.13 on; its value on Linux is older than that.
+_NO_RESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 def ring_length(total: int, capacity: int, window: int) -> int:
@@ -67,6 +72,7 @@ class KVCache:
 
     @property
     def num_free(self) -> int:
+        """Slots that can still be allocated."""
         return self.num_slots - len(self._slots)
 
     def allocate(self) -> Slot:
@@ -134,14 +140,14 @@ class KVCache:
 
 
 def _untouched(shape: tuple[int, ...]) -> Float32:
-    """Zeros that take no memory until they are written.
+    """Zeros that take no memory until they are written, where the system maps memory lazily.
 
-    Pages stay small: with huge pages the first token of each head would take 2 MB.
+    Not `np.zeros`: numpy asks for huge pages, and the first token of each head would take 2 MB.
     """
     size = int(np.prod(shape)) * 4
-    if not hasattr(mmap, "MAP_NORESERVE"):
+    if sys.platform == "win32":
         return np.zeros(shape, np.float32)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.float32).reshape(shape)

@@ -217,19 +217,23 @@ class LLM:
     def _run(self, groups: list[list[Request]], description: str | None) -> None:
         """Runs all requests to their ends; none is left in the scheduler, whatever happens."""
         requests = [request for group in groups for request in group]
-        with self._lock:
-            for group in groups:
-                self._scheduler.submit(group)
         progress = _progress(description, len(requests))
+        scheduler = self._scheduler
         try:
+            with self._lock:
+                num_ended = scheduler.num_ended
+                for group in groups:
+                    scheduler.submit(group)
             running = requests
             while running:
+                # Whoever holds the lock drives the scheduler for all: requests may end in another's step.
                 with self._lock:
-                    if not any(request.is_finished for request in running):
-                        self._scheduler.step()
-                num_before = len(running)
-                running = [request for request in running if not request.is_finished]
-                progress.update(num_before - len(running))
+                    scheduler.step()
+                if scheduler.num_ended != num_ended:
+                    num_ended = scheduler.num_ended
+                    num_before = len(running)
+                    running = [request for request in running if not request.is_finished]
+                    progress.update(num_before - len(running))
         finally:
             progress.close()
             self._abort(requests)

@@ -59,6 +59,7 @@ class Timings:
 
     @property
     def time_to_first_token_seconds(self) -> float:
+        """From submission to the first token."""
         return self.queue_seconds + self.prefill_seconds
 
     @property
@@ -120,4 +121,5 @@ class Score:
 
     @property
     def total_logprob(self) -> float:
+        """The log-probability of the whole text."""
         return sum(self.logprobs)

@@ -93,10 +93,12 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
+        """Whether it ended, well or not."""
         return self.finish_reason is not None or self.error is not None
 
     @property
     def is_scoring(self) -> bool:
+        """Whether it only reads log-probabilities of its prompt."""
         return self.params is None
 
     def prepare(self, *, eos_token_ids: Sequence[int], workspace: Workspace) -> None:
@@ -167,6 +169,7 @@ class Request:
             self.prompt_logprobs.append(float(row[target]) - total)
 
     def finish_scoring(self) -> None:
+        """Ends a scoring request whose prompt is through."""
         self.finish_reason = "length"
         self.finished_at = time.perf_counter()
 
@@ -177,6 +180,7 @@ class Request:
         self.finished_at = time.perf_counter()
 
     def output(self) -> CompletionOutput:
+        """The completion, once it has ended."""
         assert self.finish_reason is not None
         logprobs = self._logprobs(0)
         return CompletionOutput(
@@ -212,7 +216,8 @@ class Request:
         text = self._tokenizer.token_text
         tables = []
         for token in self.tokens[start:]:
-            assert token.logprob is not None and token.rank is not None
+            assert token.logprob is not None
+            assert token.rank is not None
             table = {token.token_id: Logprob(token.logprob, token.rank, text(token.token_id))}
             for rank, (token_id, logprob) in enumerate(token.top or (), 1):
                 table.setdefault(token_id, Logprob(logprob, rank, text(token_id)))

@@ -109,7 +109,10 @@ class Runtime:
                 is_neighbour = row.slot.index == group[-1].slot.index + 1
                 padded = max(longest, count) * (len(group) + 1)
                 pays = padded <= (1 + _MAX_PADDING) * (num_tokens + count)
-                fits = max(each.slot.length for each in (*group, row)) + max(longest, count) <= self.cache.capacity
+                fits = (
+                    max(each.slot.length for each in (*group, row)) + max(longest, count)
+                    <= self.cache.capacity
+                )
                 if is_neighbour and pays and fits and (count == 1) == (longest == 1):
                     group.append(row)
                     longest, num_tokens = max(longest, count), num_tokens + count
@@ -234,5 +237,3 @@ def _session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_external_initializers(names, [_value(array) for array in arrays])
     return onnxruntime.InferenceSession(graph, options, providers=list(providers))
-
-

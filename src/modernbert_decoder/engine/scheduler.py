@@ -28,6 +28,9 @@ class Scheduler:
         runtime: session and cache.
         eos_token_ids: tokens that end a text.
         chunk_size: most prompt tokens per step.
+
+    Attributes:
+        num_ended: requests that left a slot so far.
     """
 
     def __init__(self, runtime: Runtime, *, eos_token_ids: Sequence[int], chunk_size: int) -> None:
@@ -40,13 +43,16 @@ class Scheduler:
         self._prefilling: list[Request] = []
         self._decoding: list[Request] = []
         self._rows: list[Row] = []
+        self.num_ended = 0
 
     @property
     def has_work(self) -> bool:
+        """Whether a step would do anything."""
         return bool(self._decoding or self._prefilling or self._waiting)
 
     @property
     def num_running(self) -> int:
+        """Requests that hold a slot."""
         return len(self._decoding) + len(self._prefilling)
 
     def submit(self, requests: Iterable[Request]) -> None:
@@ -167,6 +173,7 @@ class Scheduler:
         """Frees the slot; the last decoding request takes a decoding one's place, in list and cache."""
         row = request.row
         assert row is not None
+        self.num_ended += 1
         if request in self._prefilling:
             self._prefilling.remove(request)
             self._promote(request.siblings)

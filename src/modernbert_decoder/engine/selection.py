@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 Row = NDArray[np.float32]
 
 _CHUNK_LENGTH = 64
+# exp of it, times any vocabulary, is still a float32.
+_SAFE_EXPONENT = 60.0
 
 
 class Workspace:
@@ -57,9 +59,14 @@ def top_k_ids(row: Row, k: int) -> NDArray[np.intp]:
     # About 16 chunks per wanted value: fewer would let more of the rest through, more would cost time.
     length = min(_CHUNK_LENGTH, max(1, size // (16 * k)))
     num_chunks = size // length
-    maxima = row if length == 1 else row[: length * num_chunks].reshape(length, num_chunks).max(axis=0)
+    chunks = row[: length * num_chunks].reshape(length, num_chunks)
+    maxima = chunks.max(axis=0)
     threshold = np.partition(maxima, num_chunks - k)[num_chunks - k]
-    positions = np.flatnonzero(row >= threshold)
+    # Only the chunks that reach the threshold are looked into, and the few elements that fill no chunk.
+    columns = np.flatnonzero(maxima >= threshold)
+    offsets, places = np.divmod(np.flatnonzero(chunks.take(columns, axis=1) >= threshold), len(columns))
+    rest = np.flatnonzero(row[length * num_chunks :] >= threshold) + length * num_chunks
+    positions = np.concatenate([offsets * num_chunks + columns[places], rest])  # ascending
     values = row[positions]
     if len(positions) > 2 * k + _CHUNK_LENGTH:
         positions = _without_surplus_ties(positions, values, threshold, k)
@@ -87,6 +94,8 @@ def log_sum_exp(row: Row, peak: np.float32, *, scratch: Row) -> float:
 
     Exponentials and their pairwise sum are float32: relative error of the sum about 1e-6 at most.
     """
+    if abs(peak) < _SAFE_EXPONENT:  # the usual case needs no pass to bring the largest term to 1
+        return math.log(np.exp(row, out=scratch).sum())
     np.subtract(row, peak, out=scratch)
     np.exp(scratch, out=scratch)
     return float(peak) + math.log(scratch.sum())

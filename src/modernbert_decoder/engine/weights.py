@@ -112,7 +112,8 @@ def quantize_checkpoint(
     """
     if checkpoint.scheme is not None:
         raise InputError(
-            f"{checkpoint.folder} already holds {checkpoint.scheme.name} weights; quantize the original checkpoint"
+            f"{checkpoint.folder} already holds {checkpoint.scheme.name} weights; "
+            "quantize the original checkpoint"
         )
     if scheme.is_float32:
         raise InputError("float32 is not a quantized format; choose int8 or int4")

@@ -1,0 +1,9 @@
+"""`python -m modernbert_decoder.cli` is `mbd`."""
+
+from __future__ import annotations
+
+import sys
+
+from modernbert_decoder.cli.application import main
+
+sys.exit(main())
