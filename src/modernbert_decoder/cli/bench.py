@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from modernbert_decoder.cli.completion_options import DTYPES, revision_option, threads_option
+from modernbert_decoder.cli.interrupts import interrupts_deferred
 from modernbert_decoder.cli.output import bytes_text, count_text, rate_text, write, write_json, write_table
 from modernbert_decoder.errors import InputError
 
@@ -87,8 +88,9 @@ def command(
     MODEL is `storyteller` by default. The table gives medians, the 10th to 90th percentile of single decode
     steps, and the share of the memory's read bandwidth that decoding reaches.
     """
-    from modernbert_decoder.engine.runtime import usable_threads
-    from modernbert_decoder.machine import read_bandwidth
+    with interrupts_deferred():
+        from modernbert_decoder.engine.runtime import usable_threads
+        from modernbert_decoder.machine import read_bandwidth
 
     if size is not None and (model is not None or revision is not None):
         raise InputError("--size brings its own random weights; leave MODEL and --revision out, or --size")

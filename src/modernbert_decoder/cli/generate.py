@@ -7,6 +7,7 @@ from typing import Any, Final
 import click
 
 from modernbert_decoder.cli.completion_options import CompletionOptions, completion_options
+from modernbert_decoder.cli.interrupts import interrupts_deferred
 
 # \b keeps click from joining the lines.
 _EXAMPLES: Final = (
@@ -28,6 +29,7 @@ def command(**options: Any) -> None:
     The text begins with the prompt, as a reader wants it; --no-echo leaves it out. A last line break is
     added if there is none. Use --json for the exact text and everything else about it.
     """
-    from modernbert_decoder.cli.completion import complete
+    with interrupts_deferred():
+        from modernbert_decoder.cli.completion import complete
 
     complete(CompletionOptions(**options))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from modernbert_decoder.cli.completion_options import revision_option, threads_option
+from modernbert_decoder.cli.interrupts import interrupts_deferred
 from modernbert_decoder.cli.output import bytes_text, count_text, rate_text, write, write_json, write_table
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ def command(model: str, revision: str | None, threads: int | None, as_json: bool
     that a decode step must read: no engine decodes faster, unless the weights fit into the processor's
     cache.
     """
-    from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
-    from modernbert_decoder.engine.runtime import usable_threads
+    with interrupts_deferred():
+        from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
+        from modernbert_decoder.engine.runtime import usable_threads
 
     checkpoint = Checkpoint.open(find_checkpoint(model, revision=revision))
     report = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modernbert_decoder.cli.completion_options import revision_option, threads_option, vocabulary_dtype_option
+from modernbert_decoder.cli.interrupts import interrupts_deferred
 from modernbert_decoder.cli.output import bytes_text, write, write_json, write_table
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ def command(
     OUT appears when it is complete, or not at all. The error of a matrix is the root mean square of what
     rounding changed, divided by that of the matrix.
     """
-    from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
-    from modernbert_decoder.errors import InputError
-    from modernbert_decoder.quantization import QuantizationScheme
+    with interrupts_deferred():
+        from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
+        from modernbert_decoder.errors import InputError
+        from modernbert_decoder.quantization import QuantizationScheme
 
     if quiet and as_json:
         raise InputError("--quiet and --json contradict each other; choose one")
@@ -98,9 +100,10 @@ def _quantize(
     """Writes the folder under a progress bar and returns what became of each matrix."""
     from tqdm import tqdm
 
-    from modernbert_decoder.engine.runtime import usable_threads
-    from modernbert_decoder.engine.weights import quantize_checkpoint
-    from modernbert_decoder.quantization import fused_shapes
+    with interrupts_deferred():
+        from modernbert_decoder.engine.runtime import usable_threads
+        from modernbert_decoder.engine.weights import quantize_checkpoint
+        from modernbert_decoder.quantization import fused_shapes
 
     reports: list[MatrixReport] = []
     num_matrices = sum(

@@ -7,6 +7,7 @@ from typing import Any, Final
 import click
 
 from modernbert_decoder.cli.completion_options import CompletionOptions, completion_options
+from modernbert_decoder.cli.interrupts import interrupts_deferred
 from modernbert_decoder.errors import InputError
 
 TASK: Final = "text-generation"
@@ -34,7 +35,8 @@ def command(task: str, device: str, **options: Any) -> None:
     if task != TASK:
         raise InputError(f"task {task!r} is not available; mbd run knows {TASK} only")
     providers = providers_of(device)
-    from modernbert_decoder.cli.completion import complete
+    with interrupts_deferred():
+        from modernbert_decoder.cli.completion import complete
 
     complete(CompletionOptions(**options), providers=providers)
 
@@ -47,7 +49,8 @@ def providers_of(device: str) -> tuple[str, ...] | None:
     """
     if device in _CPU_NAMES:
         return None
-    import onnxruntime
+    with interrupts_deferred():
+        import onnxruntime
 
     if device in _FIRST_GPU_NAMES and _CUDA in onnxruntime.get_available_providers():
         return (_CUDA, "CPUExecutionProvider")

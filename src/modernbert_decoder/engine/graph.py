@@ -175,7 +175,7 @@ class _GraphBuilder:
     # Building blocks.
 
     def linear(self, name: str, x: str, *, weight: str | None = None, output: str | None = None) -> str:
-        """The product with the transposed weight, plus the bias where there is one, in the weight's format."""
+        """The product with the transposed weight, plus the bias if there is one, in the weight's format."""
         weight = weight or f"{name}.weight"
         rows, columns = self.shapes[weight]
         matrix = self.scheme.format_of(weight).fitted(columns)

@@ -84,6 +84,8 @@ class Runtime:
         self._held = [np.asarray(array) for array in weights.values()]
         self._session = _session(graph, list(weights), self._held, threads=threads, providers=providers)
         self._kept: dict[tuple[int, int], _Call] = {}
+        # One row of logits per slot for all single-token calls; other calls bring rows of their own.
+        self._decode_logits = np.empty((num_slots, architecture.vocab_size), np.float32)
 
     def step(self, rows: Sequence[Row]) -> list[Float32]:
         """Feeds every row its tokens and returns its logits (num_logits, V), valid until the next step."""
@@ -141,7 +143,12 @@ class Runtime:
             return self._kept[key]
         longest = max(len(row.token_ids) for row in rows)
         num_logits = sum(row.num_logits for row in rows)
-        call = _Call(self._session, self.cache, first, (len(rows), longest, num_logits))
+        if is_decode:
+            logits = self._decode_logits[first : first + len(rows)]
+        else:
+            # Kernels want at least one row: where none is asked for, one is computed and not given back.
+            logits = np.empty((max(1, num_logits), self.architecture.vocab_size), np.float32)
+        call = _Call(self._session, self.cache, logits, first=first, shape=(len(rows), longest, num_logits))
         if is_decode:
             if len(self._kept) == _MAX_KEPT_CALLS:
                 del self._kept[next(iter(self._kept))]
@@ -150,12 +157,14 @@ class Runtime:
 
 
 class _Call:
-    """Input, output and cache bindings for `shape` = (B, S, M) and slots `first` to `first + B - 1`."""
+    """Bindings of inputs, `logits` and caches for `shape` = (B, S, M) and B slots from `first` on."""
 
     def __init__(
         self,
         session: onnxruntime.InferenceSession,
         cache: KVCache,
+        logits: Float32,
+        *,
         first: int,
         shape: tuple[int, int, int],
     ) -> None:
@@ -164,16 +173,14 @@ class _Call:
         self.last_positions = np.zeros(num_rows, np.int32)
         self.longest = np.zeros((), np.int32)
         self.query_lengths = np.ones(num_rows, np.int32)
-        # A graph without any logit row is not valid for every kernel: ask for one and give none back.
-        self.logit_positions = np.zeros(max(1, num_logits), np.int64)
-        buffer = np.empty((max(1, num_logits), cache.architecture.vocab_size), np.float32)
-        self.logits: Float32 = buffer[:num_logits]
+        self.logit_positions = np.zeros(len(logits), np.int64)
+        self.logits = logits[:num_logits]
         self._is_decode = longest == 1 and num_logits == num_rows
         if self._is_decode:
             self.logit_positions[:] = range(num_rows)
         self.binding = session.io_binding()
         self._bind_inputs()
-        self.binding.bind_ortvalue_output("logits", _value(buffer))
+        self.binding.bind_ortvalue_output("logits", _value(logits))
         for index, (keys, values) in enumerate(cache.layers):
             for name, array in (("key", keys), ("value", values)):
                 value = _value(array[first : first + num_rows])
