@@ -1,10 +1,11 @@
-"""What bounds the speed of this machine: how fast memory can be read, and how large the cache before it is.
+"""What bounds the speed of this machine: its processors, how fast memory can be read, the cache before it.
 
 `mbd info`, `mbd bench` and the benchmarks share these measurements. It knows nothing of models.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,13 @@ from numpy.typing import NDArray
 _QUICK_BUFFER_BYTES: Final = 256 << 20
 _LARGEST_BUFFER_BYTES: Final = 1 << 30
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def usable_threads() -> int:
+    """Processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def measuring_buffer(num_bytes: int | None = None) -> NDArray[np.int64]:

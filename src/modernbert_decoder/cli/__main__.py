@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from modernbert_decoder.cli.application import main
+from modernbert_decoder.cli import main
 
 sys.exit(main())

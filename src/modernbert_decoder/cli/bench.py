@@ -89,8 +89,7 @@ def command(
     steps, and the share of the memory's read bandwidth that decoding reaches.
     """
     with interrupts_deferred():
-        from modernbert_decoder.engine.runtime import usable_threads
-        from modernbert_decoder.machine import read_bandwidth
+        from modernbert_decoder.machine import read_bandwidth, usable_threads
 
     if size is not None and (model is not None or revision is not None):
         raise InputError("--size brings its own random weights; leave MODEL and --revision out, or --size")

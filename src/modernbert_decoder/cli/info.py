@@ -37,7 +37,7 @@ def command(model: str, revision: str | None, threads: int | None, as_json: bool
     """
     with interrupts_deferred():
         from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
-        from modernbert_decoder.engine.runtime import usable_threads
+        from modernbert_decoder.machine import usable_threads
 
     checkpoint = Checkpoint.open(find_checkpoint(model, revision=revision))
     report = {

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Within the block Ctrl-C is remembered; it takes effect at the end. For imports: fractions of a second."""
+    """Within the block Ctrl-C is remembered; it takes effect at the end."""
     is_interrupted = False
 
     def remember(number: int, frame: object) -> None:

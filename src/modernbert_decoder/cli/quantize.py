@@ -101,8 +101,8 @@ def _quantize(
     from tqdm import tqdm
 
     with interrupts_deferred():
-        from modernbert_decoder.engine.runtime import usable_threads
         from modernbert_decoder.engine.weights import quantize_checkpoint
+        from modernbert_decoder.machine import usable_threads
         from modernbert_decoder.quantization import fused_shapes
 
     reports: list[MatrixReport] = []

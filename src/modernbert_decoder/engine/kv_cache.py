@@ -109,14 +109,22 @@ class KVCache:
         other.index = place
         self._slots[place] = other
 
+    def reset(self) -> None:
+        """Frees every slot."""
+        for slot in self._slots:
+            slot.index = -1
+        self._slots.clear()
+
+    def bytes_at(self, length: int) -> int:
+        """Bytes that hold the keys and values of one slot with `length` tokens."""
+        return sum(
+            2 * rows * keys.shape[1] * keys.shape[3] * keys.itemsize
+            for (keys, _), rows in zip(self.layers, self._filled_rows(length), strict=True)
+        )
+
     def used_bytes(self) -> int:
         """Bytes that hold keys and values of the slots in use."""
-        return sum(
-            buffer[slot.index].nbytes
-            for slot in self._slots
-            for layer in self._filled_views(slot)
-            for buffer in layer
-        )
+        return sum(self.bytes_at(slot.length) for slot in self._slots)
 
     def _relocate(self, slot: Slot, index: int) -> None:
         self._copy(slot, index)
@@ -130,13 +138,16 @@ class KVCache:
 
     def _filled_views(self, slot: Slot) -> list[tuple[Float32, Float32]]:
         """The buffers cut to the rows that the slot has filled."""
-        window = self.architecture.window
-        in_ring = ring_length(slot.length, self.ring_capacity, window)
-        views = []
-        for kind, (keys, values) in zip(self.architecture.layer_kinds, self.layers, strict=True):
-            rows = in_ring if kind is LayerKind.SLIDING else slot.length
-            views.append((keys[:, :, :rows], values[:, :, :rows]))
-        return views
+        return [
+            (keys[:, :, :rows], values[:, :, :rows])
+            for (keys, values), rows in zip(self.layers, self._filled_rows(slot.length), strict=True)
+        ]
+
+    def _filled_rows(self, length: int) -> list[int]:
+        """How many rows of each layer's buffer hold something after `length` tokens."""
+        in_ring = ring_length(length, self.ring_capacity, self.architecture.window)
+        is_sliding = (kind is LayerKind.SLIDING for kind in self.architecture.layer_kinds)
+        return [in_ring if sliding else length for sliding in is_sliding]
 
 
 def _untouched(shape: tuple[int, ...]) -> Float32:

@@ -7,14 +7,15 @@ share its slots, and whoever waits for a result drives the scheduler.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+import numbers
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head
 from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
+from modernbert_decoder.engine.driver import Driver
 from modernbert_decoder.engine.graph_cache import cached_graph
 from modernbert_decoder.engine.kv_cache import KVCache
 from modernbert_decoder.engine.outputs import (
@@ -26,11 +27,12 @@ from modernbert_decoder.engine.outputs import (
     Timings,
 )
 from modernbert_decoder.engine.request import Request
-from modernbert_decoder.engine.runtime import Runtime, usable_threads
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.sampling_params import SamplingParams
 from modernbert_decoder.engine.scheduler import Scheduler
 from modernbert_decoder.engine.weights import load_weights, resolve_scheme, rotary_tables
 from modernbert_decoder.errors import InputError
+from modernbert_decoder.machine import usable_threads
 from modernbert_decoder.tokenizer import Tokenizer
 
 __all__ = [
@@ -109,12 +111,12 @@ class LLM:
             providers=tuple(providers or _CPU),
         )
         ends = {*self.architecture.eos_token_ids, self.tokenizer.sep_token_id} - {None}
-        self._scheduler = Scheduler(
+        scheduler = Scheduler(
             self._runtime,
             eos_token_ids=sorted(token_id for token_id in ends if token_id is not None),
             chunk_size=chunk_size,
         )
-        self._lock = threading.Lock()
+        self._driver = Driver(scheduler)
 
     def generate(
         self,
@@ -141,33 +143,30 @@ class LLM:
         self._run(groups, "generate" if use_tqdm else None)
         return [_request_output(prompt, group) for prompt, group in zip(listed, groups, strict=True)]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """Completes one prompt, yielding what each step adds; closing the iterator ends the request.
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[StreamChunk, None, None]:
+        """Completes one prompt, yielding what each step adds; closing the generator ends the request.
 
-        The prompt is checked when this is called, the work is done as the iterator is advanced.
+        The prompt is checked when this is called, the work is done as the generator is advanced.
 
         Raises:
             InputError: as for `generate`.
         """
         return self._stream(self._requests(prompt, sampling_params or SamplingParams()))
 
-    def _stream(self, requests: list[Request]) -> Iterator[StreamChunk]:
-        with self._lock:
-            self._scheduler.submit(requests)
+    def _stream(self, requests: list[Request]) -> Generator[StreamChunk, None, None]:
         try:
+            self._driver.submit([requests])
             running = requests
             while running:
-                with self._lock:
-                    if not any(request.is_finished for request in running):
-                        self._scheduler.step()
-                    chunks = [chunk for request in running if (chunk := request.next_chunk())]
+                chunks, running = self._driver.advance(running)
                 yield from chunks
-                for request in running:
+                for request in requests:
                     if request.error is not None:
                         raise request.error
-                running = [request for request in running if not request.is_finished]
         finally:
-            self._abort(requests)
+            self._driver.abort(requests)
 
     def score(self, texts: Prompt | Sequence[Prompt], *, use_tqdm: bool = False) -> list[Score]:
         """The log-probability of every token of each text given the tokens before it.
@@ -203,8 +202,10 @@ class LLM:
         return self._runtime.network_seconds
 
     def close(self) -> None:
-        """Releases the session and the cache; the object cannot be used afterwards."""
-        del self._scheduler, self._runtime
+        """Releases the session and the cache and ends open streams; the object cannot be used afterwards."""
+        if not self._driver.is_closed:
+            self._driver.close()
+            del self._runtime, self._driver.scheduler
 
     def __enter__(self) -> LLM:
         return self
@@ -218,33 +219,24 @@ class LLM:
         """Runs all requests to their ends; none is left in the scheduler, whatever happens."""
         requests = [request for group in groups for request in group]
         progress = _progress(description, len(requests))
-        scheduler = self._scheduler
+        driver = self._driver
+        num_ended = driver.num_ended
         try:
-            with self._lock:
-                num_ended = scheduler.num_ended
-                for group in groups:
-                    scheduler.submit(group)
+            driver.submit(groups)
             running = requests
             while running:
-                # Whoever holds the lock drives the scheduler for all: requests may end in another's step.
-                with self._lock:
-                    scheduler.step()
-                if scheduler.num_ended != num_ended:
-                    num_ended = scheduler.num_ended
+                driver.step()
+                if driver.num_ended != num_ended:
+                    num_ended = driver.num_ended
                     num_before = len(running)
                     running = [request for request in running if not request.is_finished]
                     progress.update(num_before - len(running))
         finally:
             progress.close()
-            self._abort(requests)
+            driver.abort(requests)
         for request in requests:
             if request.error is not None:
                 raise request.error
-
-    def _abort(self, requests: Sequence[Request]) -> None:
-        with self._lock:
-            for request in requests:
-                self._scheduler.abort(request)
 
     def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
         """The completions of one prompt, checked against the vocabulary and the context."""
@@ -264,6 +256,8 @@ class LLM:
         ]
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if self._driver.is_closed:
+            raise RuntimeError("this LLM is closed; open a new one")
         if isinstance(prompt, str):
             if not prompt:
                 raise InputError(
@@ -271,12 +265,12 @@ class LLM:
                     f"[{self.tokenizer.cls_token_id}], which is [CLS] alone"
                 )
             return self.tokenizer.encode(prompt)
-        ids = list(prompt)
+        ids = list(_iterable(prompt))
         if not ids:
             raise InputError("the prompt has no token ids; give at least [CLS]")
         size = self.architecture.vocab_size
         for token_id in ids:
-            if isinstance(token_id, bool) or not hasattr(token_id, "__index__") or not 0 <= token_id < size:
+            if not _is_integer(token_id) or not 0 <= token_id < size:
                 raise InputError(f"prompt token ids must be integers from 0 to {size - 1}, got {token_id!r}")
         return [int(token_id) for token_id in ids]
 
@@ -309,10 +303,20 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list: a string or a flat list of integers is one."""
     if isinstance(prompts, str):
         return [prompts]
-    listed = list(prompts)
-    if listed and all(hasattr(item, "__index__") for item in listed):
-        return [listed]  # type: ignore[list-item]
-    return listed  # type: ignore[return-value]
+    listed = list(_iterable(prompts))
+    if listed and all(_is_integer(item) for item in listed):
+        return [listed]
+    return listed
+
+
+def _iterable(prompt: Iterable[Any]) -> Iterable[Any]:
+    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+        raise InputError(f"a prompt must be text or a list of token ids, got {prompt!r}")
+    return prompt
+
+
+def _is_integer(item: object) -> bool:
+    return isinstance(item, numbers.Integral) and not isinstance(item, bool)
 
 
 def _one_for_each(

@@ -10,7 +10,6 @@ Legend: B rows of a call, S new tokens per row (right-padded), M logit rows, V v
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,13 +38,6 @@ class Row:
     slot: Slot
     token_ids: Sequence[int]
     num_logits: int = 1
-
-
-def usable_threads() -> int:
-    """Processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Runtime:

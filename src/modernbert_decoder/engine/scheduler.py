@@ -77,13 +77,34 @@ class Scheduler:
                     leader.siblings.remove(request)
 
     def step(self) -> None:
-        """One token for every decoding request, then up to one chunk of prompts."""
-        if self._waiting:
-            self._admit()
-        if self._decoding:
-            self._decode()
-        if self._prefilling:
-            self._prefill()
+        """One token for every decoding request, then up to one chunk of prompts.
+
+        An exception (a failing kernel, Ctrl-C) may leave requests half-way through a step: all of them end
+        with it, and the scheduler goes on empty.
+        """
+        try:
+            if self._waiting:
+                self._admit()
+            if self._decoding:
+                self._decode()
+            if self._prefilling:
+                self._prefill()
+        except BaseException as error:
+            self.fail_all(RuntimeError(f"a step of the engine failed: {error!r}"))
+            raise
+
+    def fail_all(self, error: Exception) -> None:
+        """Ends every request with `error` and frees every slot."""
+        leaders = [*self._waiting, *self._prefilling, *self._decoding]
+        for request in (*leaders, *(sibling for leader in leaders for sibling in leader.siblings)):
+            if not request.is_finished:
+                request.fail(error)
+            request.row = None
+            self.num_ended += 1
+        self._waiting.clear()
+        for running in (self._prefilling, self._decoding, self._rows):
+            running.clear()
+        self._cache.reset()
 
     def _admit(self) -> None:
         while self._waiting and self._cache.num_free:
@@ -108,7 +129,8 @@ class Scheduler:
                 end = min(end, request.num_prefilled + _SCORED_POSITIONS)
             row.token_ids = request.prompt_ids[request.num_prefilled : end]
             is_last = end == len(request.prompt_ids)
-            row.num_logits = len(row.token_ids) - is_last if request.is_scoring else int(is_last)
+            # A scored prompt needs every row but that of its last token, which comes with the others.
+            row.num_logits = len(row.token_ids) if request.is_scoring else int(is_last)
             chosen.append((request, row))
             budget -= len(row.token_ids)
             if budget <= 0:

@@ -174,7 +174,7 @@ def _cached(checkpoint: Checkpoint, scheme: QuantizationScheme, *, threads: int)
     folder = cache_folder() / "packed" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if folder.is_dir():
         try:
-            return Checkpoint.open(folder)
+            return _open_quietly(folder)
         except (CheckpointError, ConfigurationError):
             pass  # damaged from outside: written anew below
     try:
@@ -186,7 +186,14 @@ def _cached(checkpoint: Checkpoint, scheme: QuantizationScheme, *, threads: int)
             stacklevel=2,
         )
         return None
-    return Checkpoint.open(folder)
+    return _open_quietly(folder)
+
+
+def _open_quietly(folder: Path) -> Checkpoint:
+    """Opens our own copy of a checkpoint; its configuration was warned about with the original."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return Checkpoint.open(folder)
 
 
 def _initializers(checkpoint: Checkpoint, tensors: Mapping[str, NDArray[Any]]) -> Weights:

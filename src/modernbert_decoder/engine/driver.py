@@ -1,0 +1,90 @@
+"""One scheduler shared by threads and open streams: whoever waits for a result drives it for all.
+
+A caller submits its requests and steps until they have ended; requests of others advance in the same steps.
+This module owns the lock and knows nothing of texts, models or sampling.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+from modernbert_decoder.engine.outputs import StreamChunk
+from modernbert_decoder.engine.request import Request
+from modernbert_decoder.engine.scheduler import Scheduler
+
+
+class Driver:
+    """Serializes access to a scheduler.
+
+    Attributes:
+        scheduler: to be touched only through the driver while requests run.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self._lock = threading.Lock()
+        self._aborted: deque[Request] = deque()
+        self.is_closed = False
+
+    @property
+    def num_ended(self) -> int:
+        """Changes whenever a request ended, in whoever's step."""
+        return self.scheduler.num_ended
+
+    def submit(self, groups: Sequence[Sequence[Request]]) -> None:
+        """Queues the completions of several prompts, one group each."""
+        with self._lock:
+            for group in groups:
+                self.scheduler.submit(group)
+
+    def step(self) -> None:
+        """Advances every running request by one step."""
+        with self._lock:
+            self._take_aborted()
+            self.scheduler.step()
+        self._abort_if_free()
+
+    def advance(self, requests: Sequence[Request]) -> tuple[list[StreamChunk], list[Request]]:
+        """What was added to `requests` since the last call, and those of them that go on.
+
+        Takes a step first, unless one of them has ended in another caller's.
+        """
+        with self._lock:
+            self._take_aborted()
+            if not any(request.is_finished for request in requests):
+                self.scheduler.step()
+            chunks = [chunk for request in requests if (chunk := request.next_chunk())]
+            running = [request for request in requests if not request.is_finished]
+        self._abort_if_free()
+        return chunks, running
+
+    def abort(self, requests: Sequence[Request]) -> None:
+        """Ends those that still run; at once, or at the end of the step that runs now.
+
+        Never waits for the lock: a forgotten stream is ended by the garbage collector, which may run in the
+        thread that holds it.
+        """
+        self._aborted.extend(request for request in requests if not request.is_finished)
+        self._abort_if_free()
+
+    def close(self) -> None:
+        """Ends every request with an error; nothing can be submitted afterwards."""
+        with self._lock:
+            if not self.is_closed:
+                self.is_closed = True
+                self._aborted.clear()
+                self.scheduler.fail_all(RuntimeError("the LLM was closed"))
+
+    def _abort_if_free(self) -> None:
+        """Aborts what is to be aborted unless someone holds the lock, who then does it on leaving."""
+        while self._aborted and self._lock.acquire(blocking=False):
+            try:
+                self._take_aborted()
+            finally:
+                self._lock.release()
+
+    def _take_aborted(self) -> None:
+        while self._aborted:
+            self.scheduler.abort(self._aborted.popleft())
