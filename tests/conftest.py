@@ -1,19 +1,53 @@
-"""Fixtures shared by all tests: where external data lies, and small random checkpoints."""
+"""Fixtures shared by all tests, a cache folder of the tests' own, and a report on parity."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of every comparison with transformers: steps, near-ties among them, relative logit error.
+_PARITY = pytest.StashKey[list[tuple[int, int, float]]]()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of external data (environment variable MBD_SHARED, default `../shared`); skips when absent."""
+    """External data (environment variable MBD_SHARED, default `../shared`); skips when absent."""
     folder = Path(os.environ.get("MBD_SHARED", ROOT.parent / "shared")).resolve()
     if not folder.is_dir():
         pytest.skip(f"external data not found at {folder}; set MBD_SHARED to use it")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Graphs and packed weights of the tests go to a temporary folder, not among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MBD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def report_parity(request: pytest.FixtureRequest) -> Callable[[int, int, float], None]:
+    """Takes the steps, near-ties and error of one comparison for the summary at the end of the run."""
+
+    def report(num_steps: int, num_ties: int, error: float) -> None:
+        request.config.stash.setdefault(_PARITY, []).append((num_steps, num_ties, error))
+
+    return report
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    """Says how often either of two tokens was right, and how large the logit error was."""
+    entries = config.stash.get(_PARITY, [])
+    if entries:
+        steps, ties, errors = zip(*entries, strict=True)
+        terminalreporter.write_line(
+            f"parity with transformers: {sum(ties)} near-ties in {sum(steps):,} greedy steps, "
+            f"relative logit error at most {max(errors):.1e}"
+        )

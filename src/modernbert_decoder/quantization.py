@@ -29,6 +29,7 @@ EMBEDDING: Final = "model.embeddings.tok_embeddings.weight"
 VOCABULARY: Final = "decoder.weight"
 # Rows handled at a time: the temporaries of one slice (about 1 MB) stay in a core's cache.
 _SLICE_VALUES: Final = 1 << 18
+_SMALLEST_SCALE: Final = np.finfo(np.float32).tiny
 # Fractions of the full range tried as the scale of a 4-bit block; the one with the least squared error wins.
 _SCALE_FRACTIONS: Final = (1.0, 0.96, 0.92, 0.88, 0.84, 0.78)
 
@@ -251,12 +252,14 @@ def quantize(
     def pack(start: int) -> None:
         part = slice(start, min(start + step, rows))
         values = _blocks(weight[part], matrix.block_size)
-        if matrix.bits == 8:
-            data[part], scales[part] = _pack_int8(values)
-        elif offsets is None:
-            data[part], scales[part] = _pack_int4(values)
-        else:
-            data[part], scales[part], offsets[part] = _pack_int4_with_zero_points(values)
+        # Infinities are reported from the scales below, by name, and not as warnings of the arithmetic.
+        with np.errstate(invalid="ignore", over="ignore"):
+            if matrix.bits == 8:
+                data[part], scales[part] = _pack_int8(values)
+            elif offsets is None:
+                data[part], scales[part] = _pack_int4(values)
+            else:
+                data[part], scales[part], offsets[part] = _pack_int4_with_zero_points(values)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(pack, range(0, rows, step)))
@@ -293,8 +296,8 @@ def _pad_last(array: NDArray[Any], multiple: int) -> NDArray[Any]:
 
 
 def _inverse(scales: Float32) -> Float32:
-    """1 / scale, and 0 for a block of zeros."""
-    return np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    """1 / scale, and 0 where that is no float32: such a block is stored as zeros."""
+    return np.divide(1.0, scales, out=np.zeros_like(scales), where=np.abs(scales) >= _SMALLEST_SCALE)
 
 
 def _pack_int8(values: Float32) -> tuple[UInt8, Float32]:
@@ -305,28 +308,28 @@ def _pack_int8(values: Float32) -> tuple[UInt8, Float32]:
 
 
 def _as_bytes(levels: Float32) -> UInt8:
-    """Levels to bytes; NaN (reported from the scales by the caller) becomes 0 instead of a warning."""
-    with np.errstate(invalid="ignore"):
-        return levels.astype(np.uint8)
+    """Levels to bytes; NaN, which the caller reports from the scales, becomes some byte."""
+    return levels.astype(np.uint8)
 
 
 def _pack_int4(values: Float32) -> tuple[UInt8, Float32]:
     largest, smallest = values.max(2), values.min(2)
     # The value of largest magnitude lies on -8, the end of the range that has one level more.
     extreme = np.where(largest > -smallest, largest, smallest)
+    # In units of the extreme, so that squared errors neither overflow nor vanish.
+    relative = values * _inverse(extreme)[..., None]
     best_levels: Float32 = np.zeros_like(values)
-    best_scales: Float32 = extreme / np.float32(-8)
+    best_fractions = np.ones_like(extreme)
     best_errors = np.full(extreme.shape, np.inf, np.float32)
     for fraction in _SCALE_FRACTIONS:
-        scales = extreme * np.float32(-fraction / 8)
-        levels = np.rint(values * _inverse(scales)[..., None])
+        levels = np.rint(relative * np.float32(-8 / fraction))
         np.clip(levels, -8, 7, out=levels)
-        errors = np.square(levels * scales[..., None] - values).sum(2)
+        errors = np.square(levels * np.float32(-fraction / 8) - relative).sum(2)
         better = errors < best_errors
         best_levels = np.where(better[..., None], levels, best_levels)
-        best_scales = np.where(better, scales, best_scales)
+        best_fractions = np.where(better, np.float32(fraction), best_fractions)
         best_errors = np.where(better, errors, best_errors)
-    return _pack_nibbles(_as_bytes(best_levels + 8)), best_scales
+    return _pack_nibbles(_as_bytes(best_levels + 8)), extreme * best_fractions / np.float32(-8)
 
 
 def _pack_int4_with_zero_points(values: Float32) -> tuple[UInt8, Float32, UInt8]:

@@ -6,6 +6,7 @@ the session. A prompt with `n` completions is `n` requests of one group that sha
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from modernbert_decoder.engine.runtime import Row
 from modernbert_decoder.engine.sampling import RequestSampler, SampledToken, SamplingParams
 from modernbert_decoder.engine.selection import Workspace, log_sum_exp
 from modernbert_decoder.engine.stopping import StopChecker
+from modernbert_decoder.errors import CheckpointError
 from modernbert_decoder.tokenizer import Tokenizer
 
 Float32 = NDArray[np.float32]
@@ -162,10 +164,20 @@ class Request:
         self.finished_at = time.perf_counter()
 
     def accept_prompt_logits(self, logits: Float32, workspace: Workspace) -> None:
-        """Scores the prompt tokens that follow those whose `logits` (n, V) these are."""
+        """Scores the prompt tokens that follow those whose `logits` (n, V) these are.
+
+        Raises:
+            CheckpointError: the logits are not finite.
+        """
         targets = self.prompt_ids[len(self.prompt_logprobs) + 1 :]
         for row, target in zip(logits, targets, strict=False):
-            total = log_sum_exp(row, row.max(), scratch=workspace.weights)
+            peak = row.max()
+            if not math.isfinite(peak):
+                raise CheckpointError(
+                    "the model produced logits that are not finite; its weights are damaged: "
+                    "fetch or convert them again"
+                )
+            total = log_sum_exp(row, peak, scratch=workspace.weights)
             self.prompt_logprobs.append(float(row[target]) - total)
 
     def finish_scoring(self) -> None:

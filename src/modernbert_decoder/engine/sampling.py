@@ -218,20 +218,22 @@ class RequestSampler:
 
     def _choose(self, row: Row, logits: Row) -> tuple[int, NDArray[np.intp]]:
         """The token, and as many of the row's most likely ids, in order, as had to be found anyway."""
+        if 0 < self._params.top_k < len(row) and not self._is_greedy:
+            return self._choose_of_few(row, logits)
         place = row.argmax()
         peak = row[place]
         if not math.isfinite(peak):
             raise _no_choice(logits)
         if self._is_greedy:
             return int(place), np.empty(0, np.intp)
-        uniform = self._generator.random()
-        if 0 < self._params.top_k < len(row):
-            return self._choose_of_few(row, uniform)
-        return self._choose_of_all(row, peak, uniform)
+        return self._choose_of_all(row, peak, self._generator.random())
 
-    def _choose_of_few(self, row: Row, uniform: float) -> tuple[int, NDArray[np.intp]]:
+    def _choose_of_few(self, row: Row, logits: Row) -> tuple[int, NDArray[np.intp]]:
         params = self._params
+        if not math.isfinite(row.max()):
+            raise _no_choice(logits)
         leading = top_k_ids(row, max(params.top_k, params.logprobs or 0))
+        uniform = self._generator.random()
         candidates = row[leading[: params.top_k]].astype(np.float64)
         weights = np.exp((candidates - candidates[0]) / params.temperature)
         if params.min_p > 0.0:

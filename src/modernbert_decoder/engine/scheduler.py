@@ -139,13 +139,20 @@ class Scheduler:
         for (request, row), logits in zip(chosen, results, strict=True):
             request.num_prefilled += len(row.token_ids)
             if request.is_scoring:
-                request.accept_prompt_logits(logits, self._workspace)
+                self._score(request, logits)
+            elif request.num_prefilled == len(request.prompt_ids):
+                self._start_decoding(request, logits[0])
+
+    def _score(self, request: Request, logits: Float32) -> None:
+        try:
+            request.accept_prompt_logits(logits, self._workspace)
+        except UserError as error:
+            request.fail(error)
+        else:
             if request.num_prefilled == len(request.prompt_ids):
-                if request.is_scoring:
-                    request.finish_scoring()
-                    self._retire(request)
-                else:
-                    self._start_decoding(request, logits[0])
+                request.finish_scoring()
+        if request.is_finished:
+            self._retire(request)
 
     def _start_decoding(self, leader: Request, logits: Float32) -> None:
         """Moves a prefilled request, and as many siblings as find a slot, among the decoding ones."""

@@ -62,16 +62,20 @@ def top_k_ids(row: Row, k: int) -> NDArray[np.intp]:
     chunks = row[: length * num_chunks].reshape(length, num_chunks)
     maxima = chunks.max(axis=0)
     threshold = np.partition(maxima, num_chunks - k)[num_chunks - k]
-    # Only the chunks that reach the threshold are looked into, and the few elements that fill no chunk.
-    columns = np.flatnonzero(maxima >= threshold)
-    offsets, places = np.divmod(np.flatnonzero(chunks.take(columns, axis=1) >= threshold), len(columns))
-    rest = np.flatnonzero(row[length * num_chunks :] >= threshold) + length * num_chunks
-    positions = np.concatenate([offsets * num_chunks + columns[places], rest])  # ascending
-    values = row[positions]
+    # Only the chunks that reach the threshold are looked into. After a decode step nothing of this is in the
+    # processor's caches, code included: few calls matter more than few elements.
+    columns = (maxima >= threshold).nonzero()[0]
+    candidates = chunks[:, columns].ravel()
+    places = (candidates >= threshold).nonzero()[0]  # ascending, as the positions they stand for
+    values = candidates[places]
+    positions = places // len(columns) * num_chunks + columns[places % len(columns)]
+    if length * num_chunks < size:
+        rest = (row[length * num_chunks :] >= threshold).nonzero()[0] + length * num_chunks
+        positions, values = np.concatenate([positions, rest]), np.concatenate([values, row[rest]])
     if len(positions) > 2 * k + _CHUNK_LENGTH:
         positions = _without_surplus_ties(positions, values, threshold, k)
         values = row[positions]
-    leading: NDArray[np.intp] = positions[np.argsort(-values, kind="stable")[:k]]
+    leading: NDArray[np.intp] = positions[(-values).argsort(kind="stable")[:k]]
     return leading
 
 

@@ -27,7 +27,7 @@ from modernbert_decoder.checkpoint import (
     write_folder,
     write_safetensors,
 )
-from modernbert_decoder.errors import CheckpointError, ConfigurationError, InputError
+from modernbert_decoder.errors import CheckpointError, ConfigurationError, InputError, ModelNotFoundError
 from modernbert_decoder.quantization import (
     EMBEDDING,
     PackedMatrix,
@@ -175,8 +175,8 @@ def _cached(checkpoint: Checkpoint, scheme: QuantizationScheme, *, threads: int)
     if folder.is_dir():
         try:
             return _open_quietly(folder)
-        except (CheckpointError, ConfigurationError):
-            pass  # damaged from outside: written anew below
+        except (CheckpointError, ConfigurationError, ModelNotFoundError):
+            shutil.rmtree(folder, ignore_errors=True)  # damaged from outside: written anew
     try:
         quantize_checkpoint(checkpoint, scheme, folder, threads=threads, overwrite=True)
     except WritingError as error:

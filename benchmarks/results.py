@@ -1,0 +1,99 @@
+"""The results of a run: everything that is published, as one object that becomes JSON and back.
+
+Tables, plot and claims are made from this alone, so they can be rendered again without measuring.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cache_bytes import CacheBytes
+from benchmarks.peers import Absent
+from benchmarks.quality import Parity, Perplexity
+from benchmarks.start_up import StartUp
+from benchmarks.step_overhead import Overhead
+from benchmarks.summary import Comparison, Row, Spread
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run.
+
+    Attributes:
+        format: version of this layout.
+        date: of the run, ISO.
+        machine: from `describe_machine`.
+        threads: given to every peer.
+        versions: package -> version, peers' included.
+        features: peer -> what it says of itself: processor features in use, bits per weight.
+        bandwidth: bytes per second read from memory, over all rounds.
+        others_share: share of the processors that other programs took, over all rounds; None if unknown.
+        is_quick: a short run, good for nothing but a look.
+        notes: what was left out, and why.
+    """
+
+    format: int
+    date: str
+    machine: dict[str, Any]
+    threads: int
+    versions: dict[str, str]
+    features: dict[str, str]
+    bandwidth: Spread | None
+    others_share: Spread | None
+    is_quick: bool
+    absent: list[Absent]
+    rows: list[Row]
+    comparisons: list[Comparison]
+    start_up: list[StartUp]
+    overhead: list[Overhead]
+    cache: list[CacheBytes]
+    perplexity: list[Perplexity]
+    parity: list[Parity]
+    notes: list[str]
+
+
+def save(results: Results, path: Path) -> None:
+    """Write the results as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> Results:
+    """Read results that `save` wrote.
+
+    Raises:
+        ValueError: another format, or fields missing or unknown.
+    """
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored.get("format") != FORMAT:
+        raise ValueError(f"{path.name} has format {stored.get('format')!r}, this version reads {FORMAT}")
+    value = _build(Results, stored, "results")
+    assert isinstance(value, Results)
+    return value
+
+
+def _build(kind: Any, stored: Any, where: str) -> Any:
+    """A value of an annotated type from JSON: dataclasses, lists of them, and optional ones."""
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        if stored is None:
+            return None
+        return _build(next(each for each in typing.get_args(kind) if each is not type(None)), stored, where)
+    if origin is list:
+        (item,) = typing.get_args(kind)
+        return [_build(item, each, f"{where}[{i}]") for i, each in enumerate(stored)]
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return stored
+    names = {field.name for field in fields(kind)}
+    if names != set(stored):
+        missing, unknown = sorted(names - set(stored)), sorted(set(stored) - names)
+        raise ValueError(f"{where}: missing {missing}, unknown {unknown}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _build(hints[name], stored[name], f"{where}.{name}") for name in names})
