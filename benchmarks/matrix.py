@@ -31,13 +31,15 @@ Report = Callable[[str], None]
 class Plan:
     """How long to measure.
 
-    A case gets `rounds`, or as many as fit into `case_seconds`, but never fewer than `least_rounds`.
+    A case gets `rounds`, or as many as fit into `case_seconds`, but never fewer than `least_rounds`; one whose
+    warm-up round takes more than `longest_round_seconds` is left out, and said to be.
     """
 
     threads: int
     rounds: int
     least_rounds: int
     case_seconds: float
+    longest_round_seconds: float
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,17 @@ def measure_size(
     *,
     plan: Plan,
     report: Report,
-) -> tuple[list[Samples], list[Loaded]]:
-    """All cases of one size; the workers end with it, what they said when they loaded is given back."""
+) -> tuple[list[Samples], list[Loaded], list[str]]:
+    """All cases of one size, what the workers said when they loaded, and notes on cases left out."""
     samples: list[Samples] = []
+    notes: list[str] = []
     with ExitStack() as stack:
         workers = load_workers(size, peers, stack, plan=plan, report=report)
         for case in cases:
-            samples += measure_case(case, workers, bandwidth, plan=plan, report=report)
-    return samples, workers
+            measured, note = measure_case(case, workers, bandwidth, plan=plan, report=report)
+            samples += measured
+            notes += [note] if note else []
+    return samples, workers, notes
 
 
 def load_workers(
@@ -85,8 +90,8 @@ def load_workers(
 
 def measure_case(
     case: Case, workers: Iterable[Loaded], bandwidth: Worker, *, plan: Plan, report: Report
-) -> list[Samples]:
-    """Interleaved rounds of one case."""
+) -> tuple[list[Samples], str | None]:
+    """Interleaved rounds of one case, or a note on why it was left out."""
     workers = list(workers)
     samples = [
         Samples(
@@ -99,6 +104,13 @@ def measure_case(
         for each in workers
     ]
     warm_up = _round(case, workers, bandwidth, plan=plan)
+    if warm_up.seconds > plan.longest_round_seconds:
+        note = (
+            f"{case.size}, {case.sequences} x {case.prompt_tokens} tokens was left out: one round takes "
+            f"{warm_up.seconds:.0f} s (--longest-round {warm_up.seconds + 1:.0f} includes it)."
+        )
+        report(note)
+        return [], note
     num_rounds = min(plan.rounds, max(plan.least_rounds, int(plan.case_seconds / warm_up.seconds)))
     what = f"{case.size}: {case.sequences} x {case.prompt_tokens} tokens"
     report(f"{what}, {num_rounds} rounds of {warm_up.seconds:.1f} s")
@@ -108,7 +120,7 @@ def measure_case(
     for each in quietest(rounds, num_rounds):
         for i, answer in enumerate(each.answers):
             samples[i].add(answer, bandwidth=each.bandwidth, others_share=each.others_share)
-    return samples
+    return samples, None
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ def run(request: Request) -> Results:
     peers, absent = find_peers(request.peers, request.interpreters)
     for each in absent:
         report(str(each))
-    samples, loaded = _matrix(request, peers)
-    notes: list[str] = []
+    samples, loaded, notes = _matrix(request, peers)
     engine, transformers = peers.get(ENGINE), peers.get(TRANSFORMERS)
     threads, rounds = request.plan.threads, request.plan.rounds
     perplexity = []
@@ -82,18 +81,22 @@ def run(request: Request) -> Results:
     )
 
 
-def _matrix(request: Request, peers: Mapping[str, Installed]) -> tuple[list[Samples], list[Loaded]]:
+def _matrix(
+    request: Request, peers: Mapping[str, Installed]
+) -> tuple[list[Samples], list[Loaded], list[str]]:
     samples: list[Samples] = []
+    notes: list[str] = []
     loaded: list[Loaded] = []
     with Worker([sys.executable, "-m", "benchmarks.bandwidth"]) as bandwidth:
         for size in request.sizes:
             cases = [
                 Case(size, sequences, prompt) for prompt in request.prompts for sequences in request.sequences
             ]
-            measured, workers = measure_size(size, cases, peers, bandwidth, plan=request.plan, report=report)
+            measured, workers, left_out = measure_size(size, cases, peers, bandwidth, plan=request.plan, report=report)
             samples += measured
             loaded += workers
-    return samples, loaded
+            notes += left_out
+    return samples, loaded, notes
 
 
 def _features(loaded: Sequence[Loaded]) -> dict[str, str]:
