@@ -76,7 +76,11 @@ def make_request(options: argparse.Namespace) -> Request:
     interpreters = {peer.name: getattr(options, peer.name) for peer in PEERS}
     if options.quick:
         plan = Plan(
-            options.threads, rounds=2, least_rounds=1, case_seconds=20, longest_round_seconds=options.longest_round
+            options.threads,
+            rounds=2,
+            least_rounds=1,
+            case_seconds=20,
+            longest_round_seconds=options.longest_round,
         )
         return Request(("17m",), (128,), (1, 8), tuple(options.peers), interpreters, plan, is_quick=True)
     plan = Plan(

@@ -92,7 +92,9 @@ def _matrix(
             cases = [
                 Case(size, sequences, prompt) for prompt in request.prompts for sequences in request.sequences
             ]
-            measured, workers, left_out = measure_size(size, cases, peers, bandwidth, plan=request.plan, report=report)
+            measured, workers, left_out = measure_size(
+                size, cases, peers, bandwidth, plan=request.plan, report=report
+            )
             samples += measured
             loaded += workers
             notes += left_out
