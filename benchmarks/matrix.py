@@ -16,7 +16,7 @@ from benchmarks.contention import ContentionMeter
 from benchmarks.costs_of_peers import step_bytes
 from benchmarks.peers import Installed, start_worker
 from benchmarks.protocol import Worker
-from benchmarks.summary import Case, Samples
+from benchmarks.summary import Case, Samples, case_label
 
 # Threads of a runtime that has just answered may still spin for some milliseconds.
 _SETTLE_SECONDS = 0.02
@@ -106,7 +106,7 @@ def measure_case(
     warm_up = _round(case, workers, bandwidth, plan=plan)
     if warm_up.seconds > plan.longest_round_seconds:
         note = (
-            f"{case.size}, {case.sequences} x {case.prompt_tokens} tokens was left out: one round takes "
+            f"{case_label(case.size, case.sequences, case.prompt_tokens)}, was left out: one round takes "
             f"{warm_up.seconds:.0f} s (--longest-round {warm_up.seconds + 1:.0f} includes it)."
         )
         report(note)

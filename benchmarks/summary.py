@@ -57,6 +57,11 @@ class Spread:
         return cls(statistics.median(listed), min(listed), max(listed))
 
 
+def case_label(size: str, sequences: int, prompt_tokens: int) -> str:
+    """A case in words; a note that begins with it says why the case was left out."""
+    return f"{size}, {sequences} x {prompt_tokens} tokens"
+
+
 @dataclass(frozen=True)
 class Case:
     """What is measured: a size, a number of sequences and a prompt length."""

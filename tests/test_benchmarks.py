@@ -254,6 +254,21 @@ def test_partial_runs_do_not_replace_the_published_tables() -> None:
     assert run.make_request(options).is_quick
 
 
+def test_a_run_without_a_case_is_published_only_if_its_notes_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "publish", lambda _: published.append(True))
+    published: list[bool] = []
+    path = tmp_path / "results.json"
+    kept = results.load(Path(run.__file__).parent / "results" / "2026-11-25-amd-epyc.json")
+    results.save(dataclasses.replace(kept, notes=[]), path)
+    assert run.main(["--render", str(path)]) == 2
+    assert not published
+    results.save(kept, path)
+    assert run.main(["--render", str(path)]) == 0
+    assert published
+
+
 def test_default_sizes_and_prompts_are_those_of_the_numbers_to_hold() -> None:
     request = run.make_request(run.parse([]))
     assert request.sizes == ("17m", "32m", "68m", "150m")
