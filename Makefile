@@ -49,7 +49,7 @@ hooks: $(DEV)/.package  ## install the pre-commit hooks into this clone
 
 clean:  ## remove build/ and caches
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 base-environment: $(BASE)/.package
 

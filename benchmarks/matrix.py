@@ -31,8 +31,8 @@ Report = Callable[[str], None]
 class Plan:
     """How long to measure.
 
-    A case gets `rounds`, or as many as fit into `case_seconds`, but never fewer than `least_rounds`; one whose
-    warm-up round takes more than `longest_round_seconds` is left out, and said to be.
+    A case gets `rounds`, or as many as fit into `case_seconds`, but never fewer than `least_rounds`; one
+    whose warm-up round takes more than `longest_round_seconds` is left out, and said to be.
     """
 
     threads: int

@@ -33,10 +33,10 @@ _TITLES = {
     "prefill": "**Prefill of 128 tokens, milliseconds** (lower is better)",
 }
 _EXPLANATION = """\
-llama.cpp runs a Llama of the same layers, widths, heads and vocabulary, every matrix with integers of the same
-width as ours beside it. With the scales, ours take 8.25 bits a weight where Q8_0 takes 8.5, and 4.25 (4.5 in the
-vocabulary) where Q4_0 takes 4.5: our blocks are longer. int4 here has a 4-bit vocabulary to compare with Q4_0,
-while the default of int4 keeps it at 8 bits."""
+llama.cpp runs a Llama of the same layers, widths, heads and vocabulary, every matrix with integers of the
+same width as ours beside it. With the scales, ours take 8.25 bits a weight where Q8_0 takes 8.5, and 4.25
+(4.5 in the vocabulary) where Q4_0 takes 4.5: our blocks are longer. int4 here has a 4-bit vocabulary to
+compare with Q4_0, while the default of int4 keeps it at 8 bits."""
 _LINK = """\
 Every row, those in which we lose included, and how it was measured:
 [docs/benchmarks.md](docs/benchmarks.md)."""

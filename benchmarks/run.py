@@ -96,7 +96,7 @@ def make_request(options: argparse.Namespace) -> Request:
 
 
 def is_complete(results: Results) -> bool:
-    """Whether the default sizes and cases of all peers that are there were measured, or said to be left out."""
+    """Whether the default sizes and cases of all peers that are there were measured or noted as left out."""
     measured = {(row.size, row.sequences, row.prompt_tokens) for row in results.rows}
     wanted = {
         (size, sequences, prompt) for size in DEFAULT_SIZES for sequences in (1, 8) for prompt in (128, 2048)
