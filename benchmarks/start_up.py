@@ -35,7 +35,7 @@ while chunk := os.read(reading, 65536):
     first = first or time.perf_counter() - begin
 _, status, usage = os.wait4(pid, 0)
 total = time.perf_counter() - begin
-print(json.dumps([first or total, total, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
+print(json.dumps([first, total, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
 """
 
 
@@ -98,6 +98,8 @@ def launch(arguments: Sequence[str]) -> tuple[float, int]:
     first, _, peak, status = json.loads(done.stdout)
     if status != 0:
         raise RuntimeError(f"{' '.join(arguments)} ended with status {status}:\n{done.stderr[-2000:]}")
+    if first is None:
+        raise RuntimeError(f"{' '.join(arguments)} printed nothing:\n{done.stderr[-2000:]}")
     return first, peak if sys.platform == "darwin" else peak * 1024
 
 
@@ -108,7 +110,11 @@ def _environment() -> dict[str, str]:
 def _commands(peers: Mapping[str, Installed]) -> list[_Command]:
     commands = []
     if ENGINE in peers:
-        mbd = (peers[ENGINE].python, "-c", "from modernbert_decoder.cli import main; main()")
+        mbd = (
+            peers[ENGINE].python,
+            "-c",
+            "import sys; from modernbert_decoder.cli import main; sys.exit(main())",
+        )
         for name in _MODELS:
             model = str(model_folder(name))
             generate = (*mbd, "generate", "--model", model, "--no-echo", "--seed", "1", _PROMPT)

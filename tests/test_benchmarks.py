@@ -37,7 +37,7 @@ from benchmarks.protocol import Worker, WorkerError  # noqa: E402
 from benchmarks.random_models import bpe_entries, ensure_checkpoint  # noqa: E402
 from benchmarks.readme import readme_section  # noqa: E402
 from benchmarks.shapes import SHAPES, VOCABULARY_SIZE, Shape  # noqa: E402
-from benchmarks.start_up import StartUp  # noqa: E402
+from benchmarks.start_up import StartUp, launch  # noqa: E402
 from benchmarks.step_overhead import Overhead, share_outside  # noqa: E402
 from benchmarks.summary import (  # noqa: E402
     ENGINE,
@@ -356,6 +356,14 @@ def test_the_cache_table_counts_the_real_buffers() -> None:
     architecture = released_architecture("17m")
     assert entry.naive_bytes == architecture.naive_kv_cache_bytes(7_999)
     assert architecture.kv_cache_bytes(7_999) <= entry.buffer_bytes < entry.naive_bytes
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [("raise SystemExit(3)", "status 3"), ("pass", "printed nothing")]
+)
+def test_a_start_that_fails_or_prints_nothing_is_not_timed(code: str, reason: str) -> None:
+    with pytest.raises(RuntimeError, match=reason):
+        launch([sys.executable, "-c", code])
 
 
 def test_a_failing_worker_says_why() -> None:

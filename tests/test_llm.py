@@ -120,6 +120,11 @@ def test_prompts_that_cannot_be_used_are_refused(tiny: LLM, call: str, prompt: A
     assert tiny.cache.num_free == tiny.cache.num_slots
 
 
+def test_more_min_tokens_than_the_context_holds_are_refused(tiny: LLM) -> None:
+    with pytest.raises(InputError, match="min_tokens is 100000"):
+        tiny.generate([CLS], SamplingParams(min_tokens=100_000, max_tokens=None))
+
+
 @pytest.mark.parametrize("prompt", [None, 5, [5, "text"], [None], b"bytes"], ids=str)
 def test_what_is_neither_text_nor_ids_is_refused(tiny: LLM, prompt: Any) -> None:
     with pytest.raises(InputError):

@@ -246,6 +246,46 @@ def test_closing_a_stream_after_its_model_is_harmless(tiny_folder: Path) -> None
     stream.close()
 
 
+def test_a_stream_whose_model_is_closed_says_so(tiny_folder: Path) -> None:
+    llm = LLM(tiny_folder, dtype="float32", threads=1, max_context=50)
+    stream = llm.stream([CLS], SamplingParams(max_tokens=20, ignore_eos=True))
+    next(stream)
+    unstarted = llm.stream([CLS], SamplingParams(max_tokens=20, ignore_eos=True))
+    llm.close()
+    for open_stream in (stream, unstarted):
+        with pytest.raises(RuntimeError, match="closed"):
+            list(open_stream)
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate([CLS])
+
+
+def test_closing_beside_a_running_generate_ends_it_with_an_error(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(tiny_folder, dtype="float32", threads=1)
+    started, errors = threading.Event(), []
+    step = llm._runtime.step
+
+    def announced(rows: Sequence[Row]) -> list[NDArray[np.float32]]:
+        started.set()
+        return step(rows)
+
+    def generate() -> None:
+        try:
+            llm.generate([[CLS, i] for i in range(40)], SamplingParams(max_tokens=150, ignore_eos=True))
+        except RuntimeError as error:
+            errors.append(error)
+
+    monkeypatch.setattr(llm._runtime, "step", announced)
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    assert started.wait(30)
+    llm.close()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert ["closed" in str(error) for error in errors] == [True]
+
+
 def test_an_interrupted_generate_leaves_nothing_behind(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     expected = generated(tiny, [CLS, 5], params)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from checkpoints import open_runtime, random_ids, tiny_architecture, whole_logits, write_checkpoint
 from modernbert_decoder.engine.request import Request
@@ -180,13 +181,68 @@ def test_n_completions_cost_one_prefill(bench: Bench) -> None:
     assert runtime.num_calls == 3 + 19  # three chunks give the first token, and every other takes a call
 
 
+@pytest.mark.parametrize(("num_prompts", "num_slots"), [(8, 8), (4, 4), (5, 6), (3, 3)])
+def test_every_prompt_is_prefilled_once_whatever_else_waits(
+    bench: Bench, num_prompts: int, num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, runtime = bench.scheduler(num_slots=num_slots, chunk_size=50)
+    params = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=8, ignore_eos=True)
+    groups = [bench.group(random_ids(ARCHITECTURE, 40 + i), params) for i in range(num_prompts)]
+    fed: list[int] = []
+    step = runtime.step
+
+    def counting(rows: Sequence[Row]) -> list[NDArray[np.float32]]:
+        fed.extend(len(row.token_ids) for row in rows)
+        return step(rows)
+
+    monkeypatch.setattr(runtime, "step", counting)
+    for group in groups:
+        scheduler.submit(group)
+    run(scheduler)
+    num_decoded = sum(len(request.token_ids) - 1 for group in groups for request in group)
+    assert sum(fed) == sum(40 + i for i in range(num_prompts)) + num_decoded
+    for group in groups:
+        assert [request.token_ids for request in group] == [bench.alone(request) for request in group]
+
+
+# --- failing steps ---
+
+
+@pytest.mark.parametrize("broken", ["allocate", "fork", "swap", "free"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_step_that_breaks_anywhere_ends_every_request_and_leaves_the_scheduler_usable(
+    bench: Bench, broken: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, runtime = bench.scheduler(num_slots=4, chunk_size=30)
+    params = SamplingParams(n=3, temperature=1.0, seed=2, max_tokens=6, ignore_eos=True)
+    groups = [bench.group(random_ids(ARCHITECTURE, 40), params) for _ in range(3)]
+    for group in groups:
+        scheduler.submit(group)
+
+    def breaks(*arguments: object) -> object:
+        raise error
+
+    monkeypatch.setattr(runtime.cache, broken, breaks)
+    with pytest.raises(error):
+        run(scheduler)
+    monkeypatch.undo()
+    requests = [request for group in groups for request in group]
+    assert all(request.is_finished for request in requests)
+    assert any(isinstance(request.error, RuntimeError) for request in requests)
+    assert_idle(scheduler, runtime)
+    again = bench.group(random_ids(ARCHITECTURE, 40), params)
+    scheduler.submit(again)
+    run(scheduler)
+    assert [request.token_ids for request in again] == [bench.alone(request) for request in again]
+
+
 # --- aborting ---
 
 
 @pytest.fixture
 def busy(bench: Bench) -> tuple[Scheduler, Runtime, list[Request]]:
-    """Two slots: one decodes, one prefills a long prompt for three, one request and its two siblings wait."""
-    scheduler, runtime = bench.scheduler(num_slots=2, chunk_size=10)
+    """Four slots: one decodes, one prefills a long prompt and keeps two; a request and its siblings wait."""
+    scheduler, runtime = bench.scheduler(num_slots=4, chunk_size=10)
     sampled = SamplingParams(n=3, temperature=1.0, seed=9, max_tokens=15, ignore_eos=True)
     decoding = bench.group(random_ids(ARCHITECTURE, 5), SamplingParams(temperature=0, max_tokens=40))
     prefilling = bench.group(random_ids(ARCHITECTURE, 100), sampled)

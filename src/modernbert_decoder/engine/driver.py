@@ -34,8 +34,14 @@ class Driver:
         return self.scheduler.num_ended
 
     def submit(self, groups: Sequence[Sequence[Request]]) -> None:
-        """Queues the completions of several prompts, one group each."""
+        """Queues the completions of several prompts, one group each.
+
+        Raises:
+            RuntimeError: the driver is closed.
+        """
         with self._lock:
+            if self.is_closed:
+                raise RuntimeError("this LLM is closed; open a new one")
             for group in groups:
                 self.scheduler.submit(group)
 
@@ -43,7 +49,7 @@ class Driver:
         """Advances every running request by one step."""
         with self._lock:
             self._take_aborted()
-            self.scheduler.step()
+            self._step()
         self._abort_if_free()
 
     def advance(self, requests: Sequence[Request]) -> tuple[list[StreamChunk], list[Request]]:
@@ -54,7 +60,7 @@ class Driver:
         with self._lock:
             self._take_aborted()
             if not any(request.is_finished for request in requests):
-                self.scheduler.step()
+                self._step()
             chunks = [chunk for request in requests if (chunk := request.next_chunk())]
             running = [request for request in requests if not request.is_finished]
         self._abort_if_free()
@@ -70,12 +76,16 @@ class Driver:
         self._abort_if_free()
 
     def close(self) -> None:
-        """Ends every request with an error; nothing can be submitted afterwards."""
+        """Ends every request with an error, which its caller gets; nothing can be submitted afterwards."""
         with self._lock:
             if not self.is_closed:
                 self.is_closed = True
                 self._aborted.clear()
                 self.scheduler.fail_all(RuntimeError("the LLM was closed"))
+
+    def _step(self) -> None:
+        if not self.is_closed:
+            self.scheduler.step()
 
     def _abort_if_free(self) -> None:
         """Aborts what is to be aborted unless someone holds the lock, who then does it on leaving."""
@@ -87,4 +97,6 @@ class Driver:
 
     def _take_aborted(self) -> None:
         while self._aborted:
-            self.scheduler.abort(self._aborted.popleft())
+            request = self._aborted.popleft()
+            if not self.is_closed:
+                self.scheduler.abort(request)

@@ -202,10 +202,13 @@ class LLM:
         return self._runtime.network_seconds
 
     def close(self) -> None:
-        """Releases the session and the cache and ends open streams; the object cannot be used afterwards."""
+        """Releases the session and the cache; the object cannot be used afterwards.
+
+        Open streams, and calls of other threads, end with a `RuntimeError`.
+        """
         if not self._driver.is_closed:
             self._driver.close()
-            del self._runtime, self._driver.scheduler
+            self._runtime.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -243,6 +246,11 @@ class LLM:
         params.validate_against(self.architecture.vocab_size)
         ids = self._prompt_ids(prompt)
         room = self.max_context - len(ids)
+        if params.min_tokens > room:
+            raise InputError(
+                f"min_tokens is {params.min_tokens}, but behind the {len(ids)} tokens of the prompt the "
+                f"context of {self.max_context} holds {room}; lower min_tokens or shorten the prompt"
+            )
         if room < (params.max_tokens or 1):
             wanted = f"max_tokens is {params.max_tokens}" if params.max_tokens else "one token is wanted"
             raise InputError(

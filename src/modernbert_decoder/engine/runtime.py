@@ -92,6 +92,13 @@ class Runtime:
                 start += row.num_logits
         return [results[row.slot.index] for row in rows]
 
+    def close(self) -> None:
+        """Releases session, weights and cache; nothing can be run afterwards."""
+        self._kept.clear()
+        self._held.clear()
+        del self._session, self._decode_logits
+        self.cache.layers.clear()
+
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows in slot order, cut where slots are not neighbours or padding would cost too much."""
         groups: list[list[Row]] = []

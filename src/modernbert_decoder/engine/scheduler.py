@@ -43,6 +43,8 @@ class Scheduler:
         self._prefilling: list[Request] = []
         self._decoding: list[Request] = []
         self._rows: list[Row] = []
+        # Every request that has not ended, in whichever of the lists above, or between two of them.
+        self._live: set[Request] = set()
         self.num_ended = 0
 
     @property
@@ -59,6 +61,7 @@ class Scheduler:
         """Queues the completions of one prompt; the first carries the prefill for its siblings."""
         leader, *siblings = requests
         leader.siblings = siblings
+        self._live.update((leader, *siblings))
         self._waiting.append(leader)
 
     def abort(self, request: Request) -> None:
@@ -66,6 +69,7 @@ class Scheduler:
         if request.is_finished:
             return
         request.fail(None)
+        self._live.discard(request)
         if request in self._waiting:
             self._waiting.remove(request)
             self._promote(request.siblings)
@@ -94,21 +98,31 @@ class Scheduler:
             raise
 
     def fail_all(self, error: Exception) -> None:
-        """Ends every request with `error` and frees every slot."""
-        leaders = [*self._waiting, *self._prefilling, *self._decoding]
-        for request in (*leaders, *(sibling for leader in leaders for sibling in leader.siblings)):
-            if not request.is_finished:
-                request.fail(error)
+        """Ends every request with `error`, wherever a broken step left it, and frees every slot."""
+        for request in self._live:
+            request.fail(error)
             request.row = None
+            request.siblings = []
             self.num_ended += 1
-        self._waiting.clear()
-        for running in (self._prefilling, self._decoding, self._rows):
-            running.clear()
+        for requests in (self._live, self._waiting, self._prefilling, self._decoding, self._rows):
+            requests.clear()
         self._cache.reset()
 
     def _admit(self) -> None:
-        while self._waiting and self._cache.num_free:
-            request = self._waiting.popleft()
+        """Gives waiting prompts their slots, in order.
+
+        A prompt with several completions waits for a slot for each of them (or for all there are): fewer
+        would mean to prefill it again for the rest.
+        """
+        num_slots = self._cache.num_slots
+        num_kept = sum(min(len(request.siblings), num_slots - 1) for request in self._prefilling)
+        while self._waiting:
+            request = self._waiting[0]
+            num_wanted = min(1 + len(request.siblings), num_slots)
+            if self._cache.num_free - num_kept < num_wanted:
+                return
+            num_kept += num_wanted - 1
+            self._waiting.popleft()
             request.row = Row(self._cache.allocate(), ())
             request.admitted_at = time.perf_counter()
             self._prefilling.append(request)
@@ -203,6 +217,7 @@ class Scheduler:
         row = request.row
         assert row is not None
         self.num_ended += 1
+        self._live.discard(request)
         if request in self._prefilling:
             self._prefilling.remove(request)
             self._promote(request.siblings)
