@@ -110,11 +110,7 @@ def _environment() -> dict[str, str]:
 def _commands(peers: Mapping[str, Installed]) -> list[_Command]:
     commands = []
     if ENGINE in peers:
-        mbd = (
-            peers[ENGINE].python,
-            "-c",
-            "import sys; from modernbert_decoder.cli import main; sys.exit(main())",
-        )
+        mbd = (peers[ENGINE].python, "-m", "modernbert_decoder.cli")
         for name in _MODELS:
             model = str(model_folder(name))
             generate = (*mbd, "generate", "--model", model, "--no-echo", "--seed", "1", _PROMPT)
