@@ -33,7 +33,10 @@ __all__ = [
     "QUANTIZATION_KEY",
     "Checkpoint",
     "cache_folder",
+    "canonical_names",
+    "drop_tied_copy",
     "find_checkpoint",
+    "open_weights",
     "write_folder",
     "write_safetensors",
 ]
@@ -171,9 +174,9 @@ class Checkpoint:
         config = load_config(config_path)
         scheme = _read_scheme(config.get(QUANTIZATION_KEY), config_path)
         architecture = DecoderArchitecture.from_config(config, source=str(config_path))
-        files = _open_weights(folder)
-        stored = _canonical_names(files)
-        _drop_tied_copy(stored, architecture)
+        files = open_weights(folder)
+        stored = canonical_names(files)
+        drop_tied_copy(stored, architecture)
         expected = architecture.tensor_shapes() if scheme is None else scheme.packed_shapes(architecture)
         _check_tensors(folder, stored, expected, architecture, is_packed=scheme is not None)
         generation_path = folder / "generation_config.json"
@@ -228,7 +231,7 @@ def _read_scheme(entry: Any, config_path: Path) -> QuantizationScheme | None:
     return QuantizationScheme.from_dict(entry)
 
 
-def _open_weights(folder: Path) -> list[SafetensorsFile]:
+def open_weights(folder: Path) -> list[SafetensorsFile]:
     """The single weights file, or all shards of the index."""
     if (folder / _WEIGHTS).is_file():
         return [SafetensorsFile(folder / _WEIGHTS)]
@@ -278,7 +281,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     return list(files.values())
 
 
-def _canonical_names(files: Iterable[SafetensorsFile]) -> dict[str, tuple[SafetensorsFile, str]]:
+def canonical_names(files: Iterable[SafetensorsFile]) -> dict[str, tuple[SafetensorsFile, str]]:
     """Name -> (file, name in the file); names saved from the bare model, without `model.`, get that
     prefix.
     """
@@ -298,9 +301,7 @@ def _canonical_names(files: Iterable[SafetensorsFile]) -> dict[str, tuple[Safete
     return canonical
 
 
-def _drop_tied_copy(
-    stored: dict[str, tuple[SafetensorsFile, str]], architecture: DecoderArchitecture
-) -> None:
+def drop_tied_copy(stored: dict[str, tuple[SafetensorsFile, str]], architecture: DecoderArchitecture) -> None:
     """Forget a `decoder.weight` that repeats the embedding of a tied model; one that differs is an error."""
     is_expected = _TIED_COPY in architecture.tensor_shapes()
     if is_expected or not architecture.tie_word_embeddings or not {_TIED_COPY, _EMBEDDING} <= stored.keys():

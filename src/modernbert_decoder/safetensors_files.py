@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,12 +131,22 @@ def bfloat16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    bfloat16: Collection[str] = (),
 ) -> None:
     """Write a file that appears under `path` whole or not at all; arrays are streamed, not copied.
 
     The largest element types come first, and the data begin at a multiple of 64 bytes, so that every tensor
     is aligned when mapped.
+
+    Args:
+        path: the file.
+        tensors: tensor name -> array.
+        metadata: free text entries for the header.
+        bfloat16: names of the uint16 arrays that hold bfloat16 values, as `SafetensorsFile.raw` gives them.
 
     Raises:
         CheckpointError: the file cannot be written; nothing is left behind.
@@ -146,8 +156,9 @@ def write_safetensors(
     offset = 0
     for name in ordered:
         array = tensors[name]
-        dtype = _NAME_OF_DTYPE.get(array.dtype.newbyteorder("<"))
+        dtype = "BF16" if name in bfloat16 else _NAME_OF_DTYPE.get(array.dtype.newbyteorder("<"))
         assert dtype is not None, f"{name}: {array.dtype} has no name in a safetensors header"
+        assert dtype != "BF16" or array.dtype == np.uint16, f"{name}: {array.dtype} is not bfloat16 bits"
         header[name] = {
             "dtype": dtype,
             "shape": list(array.shape),

@@ -22,7 +22,7 @@ from modernbert_decoder.cli.output import OutputError
 from modernbert_decoder.errors import UserError
 
 # Each is a module beside this one that defines `command`.
-COMMANDS: Final = ("generate", "run", "info", "quantize", "bench")
+COMMANDS: Final = ("generate", "run", "info", "quantize", "convert", "bench")
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 128 + 2  # what a shell reports for a process that SIGINT ended

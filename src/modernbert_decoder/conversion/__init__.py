@@ -1,0 +1,1 @@
+"""Checkpoints moved between encoder, decoder and trainer formats, bit for bit, without torch."""
