@@ -1,0 +1,62 @@
+"""The two wings compute the same: a checkpoint saved by one is run by the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch_models import error, randomize
+
+from checkpoints import open_runtime, random_ids, tiny_architecture, whole_logits, write_checkpoint
+from modernbert_decoder.architecture import LayerKind, RotaryParameters
+from modernbert_decoder.pytorch import ModernBertDecoderConfig, ModernBertDecoderForCausalLM
+
+# Both wings are float32, but the engine's kernels sum in another order; this bound is the project's.
+TOLERANCE = 1e-4
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "two bases": {
+        "rotary": {
+            LayerKind.FULL: RotaryParameters(),
+            LayerKind.SLIDING: RotaryParameters(theta=10000.0),
+        }
+    },
+    "untied, window of 16": {"tie_word_embeddings": False, "window": 16},
+    "yarn": {
+        "rotary": dict.fromkeys(
+            LayerKind,
+            RotaryParameters("yarn", 10000.0, factor=4.0, original_max_position_embeddings=256),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("length", [65, 130, 300])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_equal_the_engine(tmp_path: Path, name: str, length: int) -> None:
+    architecture = tiny_architecture(**ARCHITECTURES[name])
+    folder = write_checkpoint(tmp_path / "model", architecture)
+    ids = random_ids(architecture, length)
+    model = ModernBertDecoderForCausalLM.from_pretrained(folder)
+    assert model.model.architecture.rotary == architecture.rotary
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    reference = torch.tensor(whole_logits(open_runtime(folder), ids))
+    assert error(logits, reference) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:transformers 4 will use:UserWarning")
+def test_the_engine_runs_what_save_pretrained_wrote(tmp_path: Path) -> None:
+    base = tiny_architecture(window=8, **ARCHITECTURES["two bases"])
+    stated = {k: v for k, v in base.to_config(warn=False).items() if k != "architectures"}
+    model = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**stated)).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    runtime = open_runtime(tmp_path)
+    assert runtime.architecture.window == 8
+    ids = random_ids(base, 130)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    assert error(logits, torch.tensor(whole_logits(runtime, ids))) < TOLERANCE

@@ -1,0 +1,172 @@
+"""Equal to the installed transformers in float32: logits, states, attentions, losses and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch_models import (
+    LENGTHS,
+    SIDES,
+    TOLERANCE,
+    error,
+    gradients,
+    needs_compiler,
+    ours,
+    padded_batch,
+    pair,
+    random_ids,
+    worst,
+)
+from transformers import DynamicCache
+
+BIASES = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "released": {},
+    "two bases": {"local_rope_theta": 10000.0},
+    "narrow window": {"local_attention": 10},
+    "biases": BIASES,
+    "untied": {"tie_word_embeddings": False, "decoder_bias": False},
+    "relu and tanh": {"hidden_activation": "relu", "classifier_activation": "gelu_new"},
+    "full layers only": {"layer_types": ["full_attention"] * 4},
+    "sliding layers only": {"layer_types": ["sliding_attention"] * 4},
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_language_model_equals_upstream(attention: str, length: int, side: str) -> None:
+    mine, theirs = pair(attention=attention)
+    batch = padded_batch(length, side)
+    options = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    a, b = mine(**batch, **options), theirs(**batch, **options)
+    assert error(a.logits, b.logits) < TOLERANCE
+    assert error(a.loss, b.loss) < TOLERANCE
+    assert len(a.hidden_states) == 5
+    assert all(error(x, y) < TOLERANCE for x, y in zip(a.hidden_states, b.hidden_states, strict=True))
+    if attention == "eager":
+        assert all(error(x, y) < TOLERANCE for x, y in zip(a.attentions, b.attentions, strict=True))
+    assert worst(gradients(mine, a.loss), gradients(theirs, b.loss)) < TOLERANCE
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_fused_loss_and_its_gradients_equal_upstream(length: int, side: str) -> None:
+    mine, theirs = pair(attention="sdpa")
+    batch = padded_batch(length, side)
+    a, b = mine(**batch, skip_logits=True), theirs(**batch)
+    assert a.logits is None
+    assert error(a.loss, b.loss) < TOLERANCE
+    assert worst(gradients(mine, a.loss), gradients(theirs, b.loss)) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", [130, 300])  # dense masks and bands
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_the_architecture_equals_upstream(variant: str, length: int) -> None:
+    if variant == "two bases" and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 uses the global base in every layer")
+    mine, theirs = pair(attention="sdpa", **VARIANTS[variant])
+    batch = padded_batch(length, "left")
+    a, b = mine(**batch), theirs(**batch)
+    assert error(a.logits, b.logits) < TOLERANCE
+    assert worst(gradients(mine, a.loss), gradients(theirs, b.loss)) < TOLERANCE
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_cached_chunks_equal_upstream_without_a_cache(attention: str, side: str) -> None:
+    mine, theirs = pair(attention=attention)
+    batch = padded_batch(300, side)
+    cache = DynamicCache(config=mine.config)
+    chunks, start = [], 0
+    with torch.no_grad():
+        for length in (100, 1, 1, 63, 1, 134):
+            stop = start + length
+            output = mine(
+                batch["input_ids"][:, start:stop],
+                attention_mask=batch["attention_mask"][:, :stop],
+                past_key_values=cache,
+            )
+            chunks.append(output.logits)
+            start = stop
+        whole = theirs(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    is_token = batch["attention_mask"].bool()
+    assert error(torch.cat(chunks, 1)[is_token], whole[is_token]) < TOLERANCE
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_bare_model_equals_upstream(attention: str, side: str) -> None:
+    mine, theirs = pair("Model", attention=attention)
+    batch = padded_batch(130, side)
+    del batch["labels"]
+    assert error(mine(**batch).last_hidden_state, theirs(**batch).last_hidden_state) < TOLERANCE
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    ("problem_type", "labels"),
+    [
+        ("single_label_classification", torch.tensor([2, 0])),
+        ("multi_label_classification", torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])),
+        ("regression", torch.tensor([[0.5, -1.0, 2.0], [0.0, 0.25, -0.5]])),
+    ],
+)
+def test_classifier_equals_upstream(problem_type: str, labels: torch.Tensor, side: str) -> None:
+    mine, theirs = pair("ForSequenceClassification", num_labels=3, problem_type=problem_type)
+    batch = {**padded_batch(130, side), "labels": labels}
+    a, b = mine(**batch), theirs(**batch)
+    assert error(a.logits, b.logits) < TOLERANCE
+    assert error(a.loss, b.loss) < TOLERANCE
+    assert worst(gradients(mine, a.loss), gradients(theirs, b.loss)) < TOLERANCE
+
+
+def test_packed_sequences_equal_upstream_without_a_cache() -> None:
+    mine, theirs = pair(attention="sdpa")
+    ids = random_ids(200)
+    positions = torch.cat([torch.arange(80), torch.arange(70), torch.arange(50)])[None]
+    a = mine(ids, position_ids=positions, use_cache=False)
+    b = theirs(ids, position_ids=positions, use_cache=False)
+    assert error(a.logits, b.logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["boolean", "additive"])
+def test_a_mask_of_four_dimensions_equals_upstream(form: str) -> None:
+    mine, theirs = pair(attention="sdpa")
+    mask = (torch.rand(2, 1, 80, 80) < 0.5) | torch.eye(80, dtype=torch.bool)
+    mask = mask.tril()
+    if form == "additive":
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    ids = random_ids(80)
+    assert error(mine(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_mask_per_layer_kind_equals_upstream(attention: str) -> None:
+    mine, theirs = pair(attention=attention)
+    queries, keys = torch.arange(80)[:, None], torch.arange(80)[None, :]
+    causal = (keys <= queries)[None, None]
+    masks = {"full_attention": causal, "sliding_attention": causal & (keys > queries - 64)}
+    if attention == "eager":
+        lowest = torch.finfo(torch.float32).min
+        masks = {kind: torch.where(mask, 0.0, lowest) for kind, mask in masks.items()}
+    ids = random_ids(80)
+    expected = theirs(ids, attention_mask=masks).logits
+    assert error(mine(ids, attention_mask=masks).logits, expected) < TOLERANCE
+    assert error(mine(ids).logits, expected) < TOLERANCE
+
+
+@needs_compiler
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # a warning of the library's about running uncompiled
+def test_flex_attention_equals_upstream_eager(side: str) -> None:
+    mine = ours(attention="flex_attention")
+    _, theirs = pair()
+    batch = padded_batch(130, side)
+    is_token = batch["attention_mask"].bool()
+    with torch.no_grad():
+        a, b = mine(**batch, use_cache=False), theirs(**batch)
+    assert error(a.logits[is_token], b.logits[is_token]) < TOLERANCE
