@@ -25,6 +25,7 @@ from benchmarks.session import Request, report, run
 from benchmarks.shapes import SHAPES
 from benchmarks.summary import case_label
 from benchmarks.tables import replace_between
+from modernbert_decoder.machine import usable_threads
 
 DEFAULT_SIZES = ("17m", "32m", "68m", "150m")
 
@@ -50,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=90,
         help="a case whose rounds take longer is left out, with a note (default 90 seconds)",
     )
-    parser.add_argument("--threads", type=int, default=usable_processors())
+    parser.add_argument("--threads", type=int, default=usable_threads())
     parser.add_argument("--quick", action="store_true", help="17m, prompt 128, 2 rounds: does it work at all")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results")
     parser.add_argument(
@@ -65,11 +66,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             help=f"the Python that has {peer.name} (or {peer.environment_variable})",
         )
     return parser.parse_args(arguments)
-
-
-def usable_processors() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_request(options: argparse.Namespace) -> Request:

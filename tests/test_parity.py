@@ -20,7 +20,7 @@ from modernbert_decoder.architecture import (
 )
 from modernbert_decoder.engine.runtime import Row, Runtime
 
-# The bound that docs and issue promise; two float32 implementations of these depths differ by about 1e-5.
+# The bound that docs promise; two float32 implementations of these depths differ by about 1e-5.
 LOGIT_TOLERANCE = 1e-4
 # Where the reference's two best logits are closer than this many times the error, either may come first.
 TIE_FACTOR = 10

@@ -17,10 +17,9 @@ from onnx import TensorProto, helper
 
 from checkpoints import Float32, tiny_architecture
 from modernbert_decoder.architecture import released_architecture
+from modernbert_decoder.costs import EMBEDDING, VOCABULARY
 from modernbert_decoder.errors import CheckpointError, ConfigurationError, InputError
 from modernbert_decoder.quantization import (
-    EMBEDDING,
-    VOCABULARY,
     MatrixFormat,
     PackedMatrix,
     QuantizationScheme,

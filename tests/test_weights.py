@@ -22,6 +22,7 @@ from checkpoints import (
 )
 from modernbert_decoder.architecture import DecoderArchitecture
 from modernbert_decoder.checkpoint import BUNDLED_MODEL, Checkpoint, find_checkpoint
+from modernbert_decoder.costs import EMBEDDING, VOCABULARY
 from modernbert_decoder.engine import weights
 from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.engine.sampling import SamplingParams
@@ -33,7 +34,7 @@ from modernbert_decoder.engine.weights import (
     resolve_scheme,
 )
 from modernbert_decoder.errors import CheckpointError, InputError
-from modernbert_decoder.quantization import EMBEDDING, VOCABULARY, PackedMatrix, QuantizationScheme
+from modernbert_decoder.quantization import PackedMatrix, QuantizationScheme
 
 ARCHITECTURES = {
     "tied": tiny_architecture(),

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from modernbert_decoder.architecture import DecoderArchitecture
 from modernbert_decoder.atomic_files import write_folder
 from modernbert_decoder.config_keys import QUANTIZATION_KEY, load_config
+from modernbert_decoder.costs import EMBEDDING, VOCABULARY
 from modernbert_decoder.errors import CheckpointError, ConfigurationError, InputError, ModelNotFoundError
 from modernbert_decoder.hub import PICKLE_SUFFIXES, DownloadError, download_checkpoint, pickles_refused
 from modernbert_decoder.safetensors_files import FLOAT_DTYPES, SafetensorsFile, write_safetensors
@@ -46,8 +47,6 @@ BUNDLED_MODEL = "storyteller"
 _FINGERPRINT_VERSION = 1  # raise it when the meaning of a fingerprint's parts changes
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_EMBEDDING = "model.embeddings.tok_embeddings.weight"
-_TIED_COPY = "decoder.weight"
 _BODY = ("embeddings.", "layers.", "final_norm.")  # what stands behind `model.` in a model with a head
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _MAX_LISTED = 12  # entries of one kind in an error message
@@ -303,10 +302,10 @@ def canonical_names(files: Iterable[SafetensorsFile]) -> dict[str, tuple[Safeten
 
 def drop_tied_copy(stored: dict[str, tuple[SafetensorsFile, str]], architecture: DecoderArchitecture) -> None:
     """Forget a `decoder.weight` that repeats the embedding of a tied model; one that differs is an error."""
-    is_expected = _TIED_COPY in architecture.tensor_shapes()
-    if is_expected or not architecture.tie_word_embeddings or not {_TIED_COPY, _EMBEDDING} <= stored.keys():
+    is_expected = VOCABULARY in architecture.tensor_shapes()
+    if is_expected or not architecture.tie_word_embeddings or not {VOCABULARY, EMBEDDING} <= stored.keys():
         return
-    (copy_file, copy_name), (file, name) = stored[_TIED_COPY], stored[_EMBEDDING]
+    (copy_file, copy_name), (file, name) = stored[VOCABULARY], stored[EMBEDDING]
     if copy_file.tensors[copy_name].shape != file.tensors[name].shape:
         return  # reported with the other unexpected tensors
     if copy_file.tensors[copy_name].dtype == file.tensors[name].dtype:
@@ -315,10 +314,10 @@ def drop_tied_copy(stored: dict[str, tuple[SafetensorsFile, str]], architecture:
         is_equal = np.array_equal(copy_file.as_float32(copy_name), file.as_float32(name))
     if not is_equal:
         raise CheckpointError(
-            f"{copy_file.path}: {_TIED_COPY} differs from {_EMBEDDING}, although config.json ties them "
+            f"{copy_file.path}: {VOCABULARY} differs from {EMBEDDING}, although config.json ties them "
             '(tie_word_embeddings is true); set "tie_word_embeddings": false if the model was trained untied'
         )
-    del stored[_TIED_COPY]
+    del stored[VOCABULARY]
 
 
 def _check_tensors(

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 FLOAT32_BYTES: Final = 4
 
 
+EMBEDDING: Final = "model.embeddings.tok_embeddings.weight"
+VOCABULARY: Final = "decoder.weight"  # in an untied model; a tied one computes with the embedding
+
+
 class ReleasedSize(NamedTuple):
     """The shape of one released Ettin decoder."""
 
@@ -47,7 +51,7 @@ def tensor_shapes(architecture: DecoderArchitecture) -> dict[str, tuple[int, ...
     """
     a = architecture
     width = a.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embeddings.tok_embeddings.weight": (a.vocab_size, width)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (a.vocab_size, width)}
     shapes |= _norm("model.embeddings.norm", width, bias=a.norm_bias)
     for i in range(a.num_hidden_layers):
         layer = f"model.layers.{i}"
@@ -113,7 +117,7 @@ def decode_bytes(
     for name, shape in tensor_shapes(a).items():
         if len(shape) == 1:
             vectors += shape[0]
-        elif name not in ("model.embeddings.tok_embeddings.weight", "decoder.weight"):
+        elif name not in (EMBEDDING, VOCABULARY):
             body += math.prod(shape)
     vocabulary = a.hidden_size  # the embedding row
     if a.head is Head.CAUSAL_LM:
@@ -145,7 +149,7 @@ def _head_shapes(a: DecoderArchitecture) -> dict[str, tuple[int, ...]]:
         return shapes | _linear("classifier", a.num_labels, width, bias=a.classifier_bias)
     decoder = _linear("decoder", a.vocab_size, width, bias=a.decoder_bias)
     if a.tie_word_embeddings:
-        del decoder["decoder.weight"]
+        del decoder[VOCABULARY]
     return shapes | decoder
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture
+from modernbert_decoder.costs import EMBEDDING, VOCABULARY
 from modernbert_decoder.errors import CheckpointError, ConfigurationError, InputError
 
 Float32 = NDArray[np.float32]
@@ -25,8 +26,6 @@ UInt8 = NDArray[np.uint8]
 DTYPES: Final = ("float32", "int8", "int4")
 # The folder format this version writes and reads; a change of layout, rounding or names raises it.
 FORMAT_VERSION: Final = 1
-EMBEDDING: Final = "model.embeddings.tok_embeddings.weight"
-VOCABULARY: Final = "decoder.weight"
 # Rows handled at a time: the temporaries of one slice (about 1 MB) stay in a core's cache.
 _SLICE_VALUES: Final = 1 << 18
 _SMALLEST_SCALE: Final = np.finfo(np.float32).tiny

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 PROMPT_TOKENS: Final = 128
 DECODE_TOKENS: Final = 64
 BATCHES: Final = (1, 8)
-_CHUNK_TOKENS: Final = 256  # the engine's default
 _PREFILLS: Final = 3
 _SIZES: Final = ("17m", "32m", "68m", "150m", "400m", "1b")
 
@@ -149,8 +148,8 @@ def random_weights(architecture: DecoderArchitecture, scheme: QuantizationScheme
     """Initializers of the right shapes: speed does not depend on values, so one random block is repeated."""
     import numpy as np
 
+    from modernbert_decoder.costs import EMBEDDING
     from modernbert_decoder.engine.weights import EMBEDDING_ROWS
-    from modernbert_decoder.quantization import EMBEDDING
 
     generator = np.random.default_rng(0)
     normal = generator.standard_normal(1 << 20, np.float32) * np.float32(0.02)
@@ -233,12 +232,13 @@ def _time_once(runtime: Runtime, num_sequences: int, *, num_steps: int) -> tuple
     """Seconds to prefill all prompts, and seconds of each decode step; greedy choice included."""
     import numpy as np
 
+    from modernbert_decoder.engine.llm import DEFAULT_CHUNK_SIZE
     from modernbert_decoder.engine.runtime import Row
 
     size = runtime.architecture.vocab_size
     prompts = np.random.default_rng(1).integers(0, size, (num_sequences, PROMPT_TOKENS)).tolist()
     rows = [Row(runtime.cache.allocate(), prompt) for prompt in prompts]
-    per_chunk = max(1, _CHUNK_TOKENS // PROMPT_TOKENS)
+    per_chunk = max(1, DEFAULT_CHUNK_SIZE // PROMPT_TOKENS)
     started = time.perf_counter()
     for first in range(0, num_sequences, per_chunk):
         chunk = rows[first : first + per_chunk]

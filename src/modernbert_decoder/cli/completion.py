@@ -6,7 +6,7 @@ All ways to show completions (text as it comes, JSON, statistics) are fed by one
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -108,7 +108,6 @@ def complete(options: CompletionOptions, *, providers: Sequence[str] | None = No
         completions = [Completion(index) for index in range(params.n)]
         display = None if options.json else Display(prompt if options.echo else "", completions)
         chunks = llm.stream(prompt_ids, params)
-        assert isinstance(chunks, Generator), "an interrupted stream is closed before its model"
         with closing(chunks):
             timings = _follow(chunks, completions, display, num_prompt_tokens=len(prompt_ids))
         if options.json:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from modernbert_decoder.architecture import DecoderArchitecture
-from modernbert_decoder.quantization import EMBEDDING, VOCABULARY, QuantizationScheme, fused_shapes
+from modernbert_decoder.costs import EMBEDDING, VOCABULARY
+from modernbert_decoder.quantization import QuantizationScheme, fused_shapes
 
 # As `--dtype` and `--vocabulary-dtype` spell them.
 COMPARED: Final = (("float32", None), ("int8", None), ("int4", None), ("int4", "int4"))

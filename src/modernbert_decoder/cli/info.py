@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # Where decode steps are priced, and the lengths at which the cache is.
 _DECODE_LENGTH: Final = 512
 _CACHE_LENGTHS: Final = (128, 1024, 4096)
-_EMBEDDING: Final = "model.embeddings.tok_embeddings.weight"
 
 
 @click.command("info", short_help="What a model is and what it costs here.")
@@ -80,11 +79,13 @@ def _architecture_report(architecture: DecoderArchitecture) -> dict[str, Any]:
 
 
 def _weights_report(checkpoint: Checkpoint) -> dict[str, Any]:
+    from modernbert_decoder.costs import EMBEDDING
+
     architecture = checkpoint.architecture
     split = {"embedding": 0, "body": 0, "head": 0}
     for name, shape in architecture.tensor_shapes().items():
         is_body = name.startswith("model.")
-        part = "embedding" if name == _EMBEDDING else "body" if is_body else "head"
+        part = "embedding" if name == EMBEDDING else "body" if is_body else "head"
         split[part] += math.prod(shape)
     stored = sorted({checkpoint.stored_dtype(name) for name in checkpoint.names()})
     files = sorted(path for path in checkpoint.folder.iterdir() if path.suffix in (".safetensors", ".json"))

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from modernbert_decoder.architecture import DecoderArchitecture
 from modernbert_decoder.checkpoint import canonical_names, drop_tied_copy
 from modernbert_decoder.conversion.kinds import CheckpointKind
+from modernbert_decoder.costs import EMBEDDING, VOCABULARY
 from modernbert_decoder.errors import CheckpointError
-from modernbert_decoder.quantization import EMBEDDING, VOCABULARY, fused_shapes
+from modernbert_decoder.quantization import fused_shapes
 from modernbert_decoder.safetensors_files import FLOAT_DTYPES, SafetensorsFile, StoredTensor
 
 _Stored = dict[str, tuple[SafetensorsFile, str]]  # name -> (file, the name it has there)

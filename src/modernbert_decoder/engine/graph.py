@@ -21,24 +21,17 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from modernbert_decoder.architecture import DecoderArchitecture, LayerKind
+from modernbert_decoder.architecture import ACTIVATIONS, Activation, DecoderArchitecture, LayerKind
+from modernbert_decoder.costs import EMBEDDING, VOCABULARY
 from modernbert_decoder.engine.weights import EMBEDDING_ROWS, rotary_name
 from modernbert_decoder.errors import ConfigurationError
-from modernbert_decoder.quantization import (
-    EMBEDDING,
-    VOCABULARY,
-    MatrixFormat,
-    QuantizationScheme,
-    fused_shapes,
-)
+from modernbert_decoder.quantization import MatrixFormat, QuantizationScheme, fused_shapes
 
 _OPSET: Final = 21
 _IR_VERSION: Final = 10
 _CONTRIB: Final = "com.microsoft"
 # int8 activations, quantized per block; levels 0 and 1 unpack the whole matrix on every decode step.
 _ACCURACY_INT8: Final = 4
-
-
 _NUMPY_TYPES: Final = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.uint8): TensorProto.UINT8,
@@ -209,16 +202,16 @@ class _GraphBuilder:
         return self.op("LayerNormalization", inputs, axis=-1, epsilon=self.architecture.norm_eps)
 
     def activation(self, name: str, x: str) -> str:
-        """Every name that `DecoderArchitecture` accepts, as ONNX operators."""
-        if name == "gelu":
-            return self.op("Gelu", [x], domain=_CONTRIB)
-        if name in ("gelu_new", "gelu_pytorch_tanh"):
-            return self.op("Gelu", [x], approximate="tanh")
-        if name == "relu":
-            return self.op("Relu", [x])
-        if name in ("silu", "swish"):
-            return self.op("Mul", [x, self.op("Sigmoid", [x])])
-        raise ConfigurationError(f"the engine has no activation {name!r}")
+        """The function that a configuration calls `name`, as ONNX operators."""
+        match ACTIVATIONS[name]:
+            case Activation.GELU:
+                return self.op("Gelu", [x], domain=_CONTRIB)
+            case Activation.GELU_TANH:
+                return self.op("Gelu", [x], approximate="tanh")
+            case Activation.RELU:
+                return self.op("Relu", [x])
+            case Activation.SILU:
+                return self.op("Mul", [x, self.op("Sigmoid", [x])])
 
     # Plumbing.
 

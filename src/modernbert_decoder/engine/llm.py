@@ -11,7 +11,7 @@ import numbers
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head
 from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
@@ -33,6 +33,7 @@ from modernbert_decoder.engine.scheduler import Scheduler
 from modernbert_decoder.engine.weights import load_weights, resolve_scheme, rotary_tables
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.machine import usable_threads
+from modernbert_decoder.quantization import QuantizationScheme
 from modernbert_decoder.tokenizer import Tokenizer
 
 __all__ = [
@@ -106,11 +107,13 @@ class LLM:
         self.threads = threads or usable_threads()
         self._runtime = _runtime(
             checkpoint,
-            self,
+            self.scheme,
             num_slots=max_slots,
+            context_length=self.max_context,
+            threads=self.threads,
             providers=tuple(providers or _CPU),
         )
-        ends = {*self.architecture.eos_token_ids, self.tokenizer.sep_token_id} - {None}
+        ends = {*self.architecture.eos_token_ids, self.tokenizer.sep_token_id}
         scheduler = Scheduler(
             self._runtime,
             eos_token_ids=sorted(token_id for token_id in ends if token_id is not None),
@@ -292,17 +295,25 @@ def _context(max_context: int | None, architecture: DecoderArchitecture) -> int:
     return max_context
 
 
-def _runtime(checkpoint: Checkpoint, llm: LLM, *, num_slots: int, providers: Sequence[str]) -> Runtime:
-    architecture = llm.architecture
-    graph = cached_graph(architecture, llm.scheme, num_positions=llm.max_context)
-    weights = load_weights(checkpoint, llm.scheme, threads=llm.threads)
+def _runtime(
+    checkpoint: Checkpoint,
+    scheme: QuantizationScheme,
+    *,
+    num_slots: int,
+    context_length: int,
+    threads: int,
+    providers: Sequence[str],
+) -> Runtime:
+    architecture = checkpoint.architecture
+    graph = cached_graph(architecture, scheme, num_positions=context_length)
+    weights = load_weights(checkpoint, scheme, threads=threads)
     return Runtime(
         architecture,
         graph,
-        {**weights, **rotary_tables(architecture, llm.max_context)},
+        {**weights, **rotary_tables(architecture, context_length)},
         num_slots=num_slots,
-        context_length=llm.max_context,
-        threads=llm.threads,
+        context_length=context_length,
+        threads=threads,
         providers=providers,
     )
 
@@ -353,6 +364,16 @@ def _request_output(prompt: Prompt, group: list[Request]) -> RequestOutput:
     return RequestOutput(text, tuple(leader.prompt_ids), outputs, timings)
 
 
+class _Progress(Protocol):
+    """What is used of a progress bar."""
+
+    def update(self, count: int) -> object:
+        """Advances it."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
 class _Silent:
     """A progress bar that is not shown."""
 
@@ -363,9 +384,10 @@ class _Silent:
         """Nothing to close."""
 
 
-def _progress(description: str | None, total: int):  # type: ignore[no-untyped-def]
+def _progress(description: str | None, total: int) -> _Progress:
     if description is None:
         return _Silent()
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=description)
+    bar: _Progress = tqdm(total=total, desc=description)
+    return bar

@@ -51,7 +51,6 @@ class Request:
         "finished_at",
         "first_token_at",
         "index",
-        "logprobs",
         "num_prefilled",
         "params",
         "prompt_ids",
@@ -104,7 +103,7 @@ class Request:
         return self.params is None
 
     def prepare(self, *, eos_token_ids: Sequence[int], workspace: Workspace) -> None:
-        """Builds sampler and detokenizer; done at admission, so that waiting requests stay small."""
+        """Builds sampler and detokenizer; done after the prefill, so that waiting requests stay small."""
         params = self.params
         assert params is not None
         self._sampler = RequestSampler(

@@ -228,6 +228,7 @@ class Scheduler:
             self._rows[place] = self._rows[-1]
             self._decoding.pop()
             self._rows.pop()
+            row.slot.length = 0  # what it holds is not worth moving
             self._cache.swap(row.slot, len(self._decoding))
         self._cache.free(row.slot)
         request.row = None

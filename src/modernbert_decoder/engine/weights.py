@@ -27,9 +27,9 @@ from modernbert_decoder.checkpoint import (
     write_folder,
     write_safetensors,
 )
+from modernbert_decoder.costs import EMBEDDING
 from modernbert_decoder.errors import CheckpointError, ConfigurationError, InputError, ModelNotFoundError
 from modernbert_decoder.quantization import (
-    EMBEDDING,
     PackedMatrix,
     QuantizationScheme,
     fused_shapes,
