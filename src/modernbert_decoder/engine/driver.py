@@ -20,6 +20,7 @@ class Driver:
 
     Attributes:
         scheduler: to be touched only through the driver while requests run.
+        is_closed: whether closing was asked for; the requests end with the next step at the latest.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -44,6 +45,7 @@ class Driver:
                 raise RuntimeError("this LLM is closed; open a new one")
             for group in groups:
                 self.scheduler.submit(group)
+        self._abort_if_free()
 
     def step(self) -> None:
         """Advances every running request by one step."""
@@ -76,16 +78,24 @@ class Driver:
         self._abort_if_free()
 
     def close(self) -> None:
-        """Ends every request with an error, which its caller gets; nothing can be submitted afterwards."""
+        """Ends every request with an error, which its caller gets; nothing can be submitted afterwards.
+
+        The lock is not fair: a caller that steps again and again could keep it for long. So closing is
+        announced first, and whoever steps next carries it out.
+        """
+        self.is_closed = True
         with self._lock:
-            if not self.is_closed:
-                self.is_closed = True
-                self._aborted.clear()
-                self.scheduler.fail_all(RuntimeError("the LLM was closed"))
+            self._end_all()
 
     def _step(self) -> None:
-        if not self.is_closed:
+        if self.is_closed:
+            self._end_all()
+        else:
             self.scheduler.step()
+
+    def _end_all(self) -> None:
+        self._aborted.clear()
+        self.scheduler.fail_all(RuntimeError("the LLM was closed"))
 
     def _abort_if_free(self) -> None:
         """Aborts what is to be aborted unless someone holds the lock, who then does it on leaving."""
