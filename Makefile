@@ -10,19 +10,26 @@ override BASE := build/env/base
 override DEV := build/env/dev
 override BENCH := build/env/bench
 override LOWEST := build/env/lowest
+# Other releases of transformers than the development environment's, each pinned in requirements/transformers-*.txt.
+TRANSFORMERS := 4.57 5.16
 SOURCES := $(shell find src -type f -not -name '*.pyc')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench wheel lowest hooks clean base-environment
+.PHONY: help demo test test-transformers lint format bench bench-pytorch wheel lowest hooks clean base-environment
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(BASE)/.package  ## generate text from the bundled model, without PyTorch
 	$(BASE)/bin/mbd generate --model storyteller --max-tokens 120 --seed 1 "Once upon a time"
 
 test: $(DEV)/.package  ## every test (PYTEST_ARGS="-k tokenizer" for some)
 	$(DEV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-transformers: $(TRANSFORMERS:%=test-transformers-%)  ## the tests of the PyTorch classes with older releases of transformers
+
+test-transformers-%: build/env/transformers-%/.package
+	build/env/transformers-$*/bin/python -m pytest tests/pytorch src/modernbert_decoder/pytorch $(PYTEST_ARGS)
 
 lint: $(DEV)/.package  ## ruff check, ruff format --check, mypy --strict
 	$(DEV)/bin/ruff check .
@@ -35,6 +42,9 @@ format: $(DEV)/.package  ## let ruff fix and format
 
 bench: $(BENCH)/.package  ## the benchmarks, peers included (builds llama.cpp: needs a C++ compiler)
 	$(BENCH)/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-pytorch: $(BENCH)/.requirements  ## the PyTorch classes against transformers' (BENCH_ARGS="--quick")
+	$(BENCH)/bin/python -m benchmarks.wing $(BENCH_ARGS)
 
 wheel: $(DEV)/.package  ## build/dist/*.whl
 	rm -rf build/dist
@@ -77,6 +87,20 @@ $(DEV)/.requirements: requirements/dev.txt
 $(DEV)/.package: $(DEV)/.requirements pyproject.toml
 	$(DEV)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	$(DEV)/bin/python -m pip check
+	touch $@
+
+# --no-compile: most modules are never imported, and compiling them all takes as long as the tests. But compiling
+# torchao causes warnings, which would be errors in the tests.
+.PRECIOUS: build/env/transformers-%/.requirements build/env/transformers-%/.package
+build/env/transformers-%/.requirements: requirements/transformers-%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) --no-compile -r $<
+	$(@D)/bin/python -W ignore -m compileall -q $(@D)/lib/python3*/site-packages/torchao
+	touch $@
+
+build/env/transformers-%/.package: build/env/transformers-%/.requirements pyproject.toml
+	$(@D)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	$(@D)/bin/python -m pip check
 	touch $@
 
 # torch and transformers are named in the same invocation, so that no other build of torch is resolved.

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import ModernBertDecoderForCausalLM
 
 from checkpoints import (
     Float32,
@@ -24,6 +22,9 @@ from checkpoints import (
     write_checkpoint,
 )
 from modernbert_decoder.checkpoint import write_safetensors
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 ARCHITECTURE = tiny_architecture(num_hidden_layers=4, max_position_embeddings=512)
 IDS = random_ids(ARCHITECTURE, 200)
@@ -117,7 +118,7 @@ def test_every_spelling_of_the_configuration_gives_the_same_logits(
 def upstream(tmp_path_factory: pytest.TempPathFactory, tensors: Tensors) -> Any:
     """The checkpoint as transformers holds it."""
     folder = write_checkpoint(tmp_path_factory.mktemp("own"), ARCHITECTURE, tensors=tensors)
-    return ModernBertDecoderForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return transformers.ModernBertDecoderForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "50KB"], ids=["one file", "shards"])
@@ -135,7 +136,7 @@ def test_half_precision_weights_are_computed_with_in_float32(
     tmp_path: Path, tensors: Tensors, dtype: torch.dtype
 ) -> None:
     folder = write_checkpoint(tmp_path / "original", ARCHITECTURE, tensors=tensors)
-    model = ModernBertDecoderForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = transformers.ModernBertDecoderForCausalLM.from_pretrained(folder, dtype=dtype)
     model.save_pretrained(tmp_path / "half")
     widened = {
         name: torch.from_numpy(array).to(dtype).to(torch.float32).numpy() for name, array in tensors.items()

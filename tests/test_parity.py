@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import ModernBertDecoderForCausalLM
 
 from checkpoints import Float32, open_runtime, random_ids, relative_error, tiny_architecture, write_checkpoint
 from modernbert_decoder.architecture import (
@@ -19,6 +17,9 @@ from modernbert_decoder.architecture import (
     released_architecture,
 )
 from modernbert_decoder.engine.runtime import Row, Runtime
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 # The bound that docs promise; two float32 implementations of these depths differ by about 1e-5.
 LOGIT_TOLERANCE = 1e-4
@@ -118,7 +119,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     yield Pair(
         architecture,
         open_runtime(folder, context_length=CONTEXT_LENGTH),
-        ModernBertDecoderForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+        transformers.ModernBertDecoderForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
     )
     torch.set_num_threads(num_threads)
 

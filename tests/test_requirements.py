@@ -20,6 +20,7 @@ def pins(file: Path) -> dict[str, str]:
     requirements = [Requirement(line) for line in lines if line]
     for requirement in requirements:
         assert [clause.operator for clause in requirement.specifier] == ["=="], f"{requirement} is not a pin"
+        assert not requirement.extras, f"{requirement}: pip takes no extras in a file of constraints"
     return {canonicalize_name(r.name): next(iter(r.specifier)).version for r in requirements}
 
 
@@ -33,7 +34,7 @@ def bounds(*extras: str) -> dict[str, Requirement]:
 
 def test_the_development_environment_pins_what_pyproject_asks_for() -> None:
     pinned = pins(ROOT / "requirements" / "dev.txt")
-    for name, requirement in bounds("torch", "dev").items():
+    for name, requirement in bounds("torch", "quantization", "data", "ray", "dev").items():
         assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]} against {requirement}"
 
 
@@ -58,3 +59,20 @@ def test_the_linter_refuses_to_run_in_another_version_than_the_pinned_one() -> N
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     pinned = pins(ROOT / "requirements" / "dev.txt")
     assert tools["ruff"]["required-version"] == f"=={pinned['ruff']}"
+
+
+@pytest.mark.parametrize("release", ["4.57", "5.16"])
+def test_older_releases_of_transformers_are_tested_with_otherwise_the_same_versions(release: str) -> None:
+    pinned = pins(ROOT / "requirements" / f"transformers-{release}.txt")
+    development = pins(ROOT / "requirements" / "dev.txt")
+    assert pinned["transformers"].startswith(f"{release}.")
+    for name, requirement in bounds("torch", "quantization").items():
+        assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]} against {requirement}"
+    differing = {name for name in pinned.keys() & development.keys() if pinned[name] != development[name]}
+    assert differing <= {"transformers", "huggingface-hub", "tokenizers"}
+
+
+def test_the_oldest_transformers_allowed_is_tested() -> None:
+    (clause,) = bounds("torch")["transformers"].specifier
+    pinned = pins(ROOT / "requirements" / f"transformers-{clause.version}.txt")
+    assert Requirement(f"transformers~={clause.version}.0").specifier.contains(pinned["transformers"])

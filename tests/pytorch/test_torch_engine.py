@@ -13,8 +13,10 @@ from checkpoints import open_runtime, random_ids, tiny_architecture, whole_logit
 from modernbert_decoder.architecture import LayerKind, RotaryParameters
 from modernbert_decoder.pytorch import ModernBertDecoderConfig, ModernBertDecoderForCausalLM
 
-# Both wings are float32, but the engine's kernels sum in another order; this bound is the project's.
-TOLERANCE = 1e-4
+# Both wings are float32, but the engine's kernels sum in another order. Measured: at most 4e-6, but 1.3e-5
+# with yarn, where it grows with the length.
+TOLERANCE = 1e-5
+YARN_TOLERANCE = 2e-5
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "two bases": {
@@ -44,7 +46,7 @@ def test_logits_equal_the_engine(tmp_path: Path, name: str, length: int) -> None
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
     reference = torch.tensor(whole_logits(open_runtime(folder), ids))
-    assert error(logits, reference) < TOLERANCE
+    assert error(logits, reference) < (YARN_TOLERANCE if name == "yarn" else TOLERANCE)
 
 
 @pytest.mark.filterwarnings("ignore:transformers 4 will use:UserWarning")

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from torch_models import PAD, TOLERANCE, error, ours, random_ids
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 
+from checkpoints import byte_tokenizer
 from modernbert_decoder.pytorch.caches import CACHE_FIELD
 
 PROMPT, NEW = 50, 60  # together past the window of 64
@@ -173,6 +185,101 @@ def test_a_custom_processor_and_a_streamer_see_every_token() -> None:
     processors = LogitsProcessorList([Only()])
     generated(model, ids, logits_processor=processors, streamer=streamer, max_new_tokens=5, min_new_tokens=5)
     assert streamer.tokens == [*ids[0].tolist(), 7, 7, 7, 7, 7, -1]
+
+
+def contrastive_search(
+    model: Any, input_ids: torch.Tensor, *, candidates: int, alpha: float, max_length: int, **state: Any
+) -> torch.Tensor:
+    """A decoding loop for `custom_generate`: likely tokens whose state resembles no earlier one."""
+    cache = state[CACHE_FIELD]
+    output = model(input_ids, past_key_values=cache, output_hidden_states=True)
+    states = output.hidden_states[-1]
+    while input_ids.shape[1] < max_length:
+        likely = output.logits[:, -1].softmax(-1).topk(candidates)
+        cache.batch_repeat_interleave(candidates)
+        output = model(likely.indices.view(-1, 1), past_key_values=cache, output_hidden_states=True)
+        last = output.hidden_states[-1].view(len(input_ids), candidates, -1)
+        chosen = best_candidate(likely.values, last, states, alpha)
+        rows = torch.arange(len(input_ids))
+        kept = rows * candidates + chosen
+        cache.batch_select_indices(kept)
+        output.logits = output.logits[kept]
+        states = torch.cat([states, last[rows, chosen][:, None]], 1)
+        input_ids = torch.cat([input_ids, likely.indices[rows, chosen][:, None]], 1)
+    return input_ids
+
+
+def best_candidate(
+    likelihoods: torch.Tensor, last: torch.Tensor, states: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    similarity = torch.cosine_similarity(last[:, :, None], states[:, None], dim=-1).max(-1).values
+    return ((1 - alpha) * likelihoods - alpha * similarity).argmax(-1)
+
+
+def test_contrastive_search_past_the_window_equals_the_one_without_a_cache() -> None:
+    model, ids = ours(attention="sdpa"), random_ids(PROMPT)
+    expected = ids
+    for _ in range(NEW):
+        output = model(expected, use_cache=False, output_hidden_states=True)
+        likely = output.logits[:, -1].softmax(-1).topk(3)
+        longer = torch.cat([expected.repeat_interleave(3, 0), likely.indices.view(-1, 1)], 1)
+        last = model(longer, use_cache=False, output_hidden_states=True).hidden_states[-1][:, -1]
+        states = output.hidden_states[-1]
+        chosen = best_candidate(likely.values, last.view(2, 3, -1), states, 0.6)
+        expected = torch.cat([expected, likely.indices[torch.arange(2), chosen][:, None]], 1)
+
+    def loop(
+        model: Any, input_ids: torch.Tensor, candidates: int = 3, alpha: float = 0.6, **options: Any
+    ) -> torch.Tensor:
+        cache = options.get(CACHE_FIELD, options.get("past_key_values"))
+        length = options["generation_config"].max_length
+        state = {CACHE_FIELD: cache, "candidates": candidates, "alpha": alpha, "max_length": length}
+        return contrastive_search(model, input_ids, **state)
+
+    assert torch.equal(generated(model, ids, custom_generate=loop), expected)
+    assert not torch.equal(generated(model, ids), expected)
+
+
+def test_the_streamers_of_the_library_give_the_text_that_is_decoded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer())
+    model, ids = ours(vocab_size=320), random_ids(PROMPT, rows=1)
+    options = {"prefix_allowed_tokens_fn": lambda _row, _ids: [*range(ord("a"), ord("h")), ord(" ")]}
+    tokens = generated(model, ids, **options)[0, PROMPT:]
+    text = tokenizer.decode(tokens)
+    assert set(text) <= set("abcdefg ")
+    generated(model, ids, streamer=TextStreamer(tokenizer, skip_prompt=True), **options)
+    assert capsys.readouterr().out.strip() == text.strip()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = Thread(target=generated, args=(model, ids), kwargs={"streamer": streamer, **options})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layers", [1, 4], ids=["one kind", "two kinds"])
+def test_continuous_batching_past_the_window_equals_greedy(attention: str, layers: int) -> None:
+    if int(version("transformers").partition(".")[0]) < 5:
+        pytest.skip("continuous batching of transformers 4 is for accelerators")
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    model = ours(attention=attention, num_hidden_layers=layers, local_rope_theta=10000.0)
+    prompts = [random_ids(length, rows=1)[0].tolist() for length in (50, 7, 100)]
+    options = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": 1000, "pad_token_id": PAD}
+    expected = [
+        model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in prompts
+    ]
+    size = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # else: most of the free memory
+    outputs = model.generate_batch(
+        prompts, generation_config=GenerationConfig(**options), continuous_batching_config=size
+    )
+    by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+    assert [by_prompt[tuple(prompt)] for prompt in prompts] == expected
 
 
 def test_generation_from_embeddings_equals_generation_from_ids() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch_models import PAD, TOLERANCE, error, gradients, ours, padded_batch, random_ids, worst
 
-from modernbert_decoder.pytorch import losses
+from modernbert_decoder.pytorch import classification, losses
 
 # Products of bfloat16 are rounded to 8 bits, chunk by chunk or all at once.
 BFLOAT16_TOLERANCE = 2e-2
@@ -74,14 +74,35 @@ def test_logits_of_all_tokens_never_exist_at_once(monkeypatch: pytest.MonkeyPatc
     assert max(rows) == 64
 
 
-@pytest.mark.parametrize("wrapping", ["hook", "subclass"])
-def test_a_projection_that_must_be_called_is_not_bypassed(wrapping: str) -> None:
+class Quantized(Tensor):
+    """As quantizing libraries do it: the module stays a Linear, the weight becomes another kind of tensor."""
+
+
+class Adapted(torch.nn.Linear):
+    """As adapters do it."""
+
+
+@pytest.mark.parametrize(
+    ("wrapping", "what"),
+    [
+        ("hook", r"torch\.nn\.modules\.linear\.Linear, its weight a Parameter"),
+        ("backward hook", r"torch\.nn\.modules\.linear\.Linear, its weight a Parameter"),
+        ("subclass", r"test_torch_losses\.Adapted"),
+        ("quantized weight", "its weight a Quantized"),
+    ],
+)
+def test_a_projection_that_must_be_called_is_not_bypassed(wrapping: str, what: str) -> None:
     model, ids = ours(), random_ids(20)
     if wrapping == "hook":
         model.decoder.register_forward_hook(lambda *_: None)
+    elif wrapping == "backward hook":
+        model.decoder.register_full_backward_hook(lambda *_: None)
+    elif wrapping == "subclass":
+        model.decoder.__class__ = Adapted
     else:
-        model.decoder.__class__ = type("Adapted", (torch.nn.Linear,), {})
-    with pytest.raises(ValueError, match="Set skip_logits=False"):
+        weight = model.decoder.weight.detach().as_subclass(Quantized)
+        model.decoder.weight = torch.nn.Parameter(weight)
+    with pytest.raises(ValueError, match=f"{what}.* Set skip_logits=False"):
         model(ids, labels=ids, skip_logits=True)
     assert torch.isfinite(model(ids, labels=ids).loss)
 
@@ -218,3 +239,16 @@ def test_padding_tokens_have_no_influence_on_the_loss() -> None:
     batch = padded_batch(100, "right")
     other = {**batch, "input_ids": batch["input_ids"].where(batch["input_ids"] != PAD, 5)}
     assert error(model(**other).loss, model(**batch).loss) < TOLERANCE
+
+
+def test_pooling_the_last_position_for_want_of_a_better_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(classification._LOGGER, "warning_once", said.append)
+    model, mask = ours("ForSequenceClassification"), torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
+    embeds = model.get_input_embeddings()(random_ids(20))
+    model(inputs_embeds=embeds[:1], attention_mask=mask)
+    model(inputs_embeds=embeds, attention_mask=torch.ones(2, 20))
+    assert not said
+    model(inputs_embeds=embeds, attention_mask=mask)
+    assert len(said) == 1
+    assert "last position of every row is pooled" in said[0]

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch_models import (
     CONFIG,
     TOLERANCE,
+    UpstreamConfig,
     error,
     gradients,
     ours,
     padded_batch,
     random_ids,
+    upstream,
     worst,
 )
 from transformers import DynamicCache
@@ -190,6 +192,22 @@ def test_an_untied_model_has_a_projection_of_its_own(tmp_path: Path) -> None:
     assert model.decoder.weight.shape == model.model.embeddings.tok_embeddings.weight.shape == (110, 32)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_tied_checkpoint_loaded_untied_starts_from_its_embedding(tmp_path: Path) -> None:
+    model, ids = ours(), random_ids(70)
+    model.save_pretrained(tmp_path / "tied")
+    load = wing.ModernBertDecoderForCausalLM.from_pretrained
+    untied, info = load(tmp_path / "tied", tie_word_embeddings=False, output_loading_info=True)
+    assert untied.decoder.weight is not untied.get_input_embeddings().weight
+    assert error(untied(ids).logits, model(ids).logits) < TOLERANCE
+    assert not info["missing_keys"]
+    untied.save_pretrained(tmp_path / "untied")
+    assert error(load(tmp_path / "untied")(ids).logits, model(ids).logits) < TOLERANCE
+    model.model.save_pretrained(tmp_path / "bare")  # no head to complete: the projection is new as well
+    fresh = load(tmp_path / "bare", tie_word_embeddings=False)
+    assert not torch.equal(fresh.decoder.weight, fresh.get_input_embeddings().weight)
+
+
 @pytest.mark.parametrize("cutoff", [2.0, 1.0, None])
 def test_initialization_has_the_documented_distributions(cutoff: float | None) -> None:
     config = ModernBertDecoderConfig(
@@ -220,6 +238,25 @@ def test_initialization_has_the_documented_distributions(cutoff: float | None) -
             assert np.abs(values).max() <= limit * std * 1.0001, name
             # a sample's deviation from the distribution's, within five of its standard errors
             assert abs(values.std() / (std * shrinkage) - 1) < 5 / math.sqrt(2 * values.size), name
+
+
+@pytest.mark.parametrize("name", ["ForCausalLM", "ForSequenceClassification"])
+def test_initialization_has_the_distributions_of_upstream(name: str) -> None:
+    sizes = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 1000}
+    sizes |= {"norm_bias": True, "attention_bias": True, "tie_word_embeddings": False}
+    mine = getattr(wing, f"ModernBertDecoder{name}")(ModernBertDecoderConfig(**sizes))
+    theirs = dict(getattr(upstream, f"ModernBertDecoder{name}")(UpstreamConfig(**sizes)).named_parameters())
+    assert theirs.keys() == dict(mine.named_parameters()).keys()
+    for key, parameter in mine.named_parameters():
+        a, b = parameter.detach(), theirs[key].detach()
+        if parameter.ndim == 1:
+            assert torch.equal(a, b), key
+            continue
+        # two samples of one distribution: within five standard errors of each other
+        assert abs(a.std() / b.std() - 1) < 5 / math.sqrt(a.numel()), key
+        assert abs(a.mean() - b.mean()) < 5 * b.std() * math.sqrt(2 / a.numel()), key
+        if a.numel() > 1000:  # both are cut off at the same place
+            assert abs(a.abs().max() / b.abs().max() - 1) < 0.02, key
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")

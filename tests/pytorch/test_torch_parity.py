@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch_models import (
     LENGTHS,
+    PADDED,
     SIDES,
     TOLERANCE,
     error,
@@ -38,13 +39,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_language_model_equals_upstream(attention: str, length: int, side: str) -> None:
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_language_model_equals_upstream(attention: str, length: int, side: str, use_cache: bool) -> None:
     mine, theirs = pair(attention=attention)
-    batch = padded_batch(length, side)
+    batch = {**padded_batch(length, side), "use_cache": use_cache}
     options = {"output_hidden_states": True, "output_attentions": attention == "eager"}
     a, b = mine(**batch, **options), theirs(**batch, **options)
     assert error(a.logits, b.logits) < TOLERANCE
     assert error(a.loss, b.loss) < TOLERANCE
+    assert (a.past_key_values is not None) == use_cache
     assert len(a.hidden_states) == 5
     assert all(error(x, y) < TOLERANCE for x, y in zip(a.hidden_states, b.hidden_states, strict=True))
     if attention == "eager":
@@ -95,6 +98,29 @@ def test_cached_chunks_equal_upstream_without_a_cache(attention: str, side: str)
         whole = theirs(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     is_token = batch["attention_mask"].bool()
     assert error(torch.cat(chunks, 1)[is_token], whole[is_token]) < TOLERANCE
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_gradients_through_a_cache_continued_in_chunks_equal_upstream(attention: str, side: str) -> None:
+    mine, theirs = pair(attention=attention)
+    batch = padded_batch(130, side)
+
+    def loss(model: Any, lengths: tuple[int, ...]) -> torch.Tensor:
+        cache, chunks, start = DynamicCache(config=mine.config), [], 0
+        for length in lengths:
+            stop = start + length
+            inputs = {"attention_mask": batch["attention_mask"][:, :stop], "past_key_values": cache}
+            chunks.append(model(batch["input_ids"][:, start:stop], **inputs).logits)
+            start = stop
+        logits, labels = torch.cat(chunks, 1)[:, PADDED:-1], batch["labels"][:, PADDED + 1 :]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    expected = gradients(theirs, loss(theirs, (130,)))
+    continued = gradients(mine, loss(mine, (70, 1, 20, 39)))
+    assert worst(continued, expected) < TOLERANCE
+    if side != "left":  # upstream's own chunks; there it counts the positions of a chunk without its padding
+        assert worst(continued, gradients(theirs, loss(theirs, (70, 1, 20, 39)))) < TOLERANCE
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -160,7 +186,7 @@ def test_a_mask_per_layer_kind_equals_upstream(attention: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # a warning of the library's about running uncompiled
 def test_flex_attention_equals_upstream_eager(side: str) -> None:
     mine = ours(attention="flex_attention")

@@ -8,18 +8,18 @@ Shapes: B batch, T query tokens, S key tokens, H heads, D head width, C model wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modernbert_decoder.architecture import LayerKind
 from modernbert_decoder.pytorch.banded import banded_attention
-from modernbert_decoder.pytorch.masks import BandMask, Mask, additive
+from modernbert_decoder.pytorch.caches import AnyCache, extended
+from modernbert_decoder.pytorch.masks import BandMask, Mask, PackedMask, additive
 from modernbert_decoder.pytorch.network import Attention
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -33,28 +33,32 @@ class BackEnd:
         implementation: the library's name of the attention function.
         masks: one per layer kind, in the form this implementation takes.
         cache: where keys and values of earlier tokens are, and where the new ones go.
-        cache_position: slots of the new tokens (T,), which caches of transformers 4 ask for.
+        slots: of the new tokens (T,).
         options: further arguments of the attention function, such as those of FlashAttention.
     """
 
     implementation: str
     masks: Mapping[LayerKind, Mask]
-    cache: Cache | None
-    cache_position: Tensor | None
+    cache: AnyCache | None
+    slots: Tensor
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(
         self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, /
     ) -> tuple[Tensor, Tensor | None]:
         """(B, H, T, D) three times to mixed values (B, T, C), and to weights (B, H, T, S) if eager."""
+        options = dict(self.options)
         if self.cache is not None:
-            position = {"cache_position": self.cache_position}
-            k, v = self.cache.update(k, v, attention.layer_idx, position)
+            layer_idx = attention.layer_idx
+            k, v = extended(self.cache, k, v, layer_idx=layer_idx, slots=self.slots, options=options)
         mask = self.masks[attention.kind]
         dropout = attention.dropout if attention.training else 0.0
         if isinstance(mask, BandMask):
             numbers = mask.numbers.to(q.device)
             mixed = banded_attention(q, k, v, numbers, dropout=dropout, scaling=attention.scaling)
+            return mixed.flatten(2), None  # (B, T, C)
+        if isinstance(mask, PackedMask):
+            mixed = packed_attention(q, k, v, mask.lengths, dropout=dropout, scaling=attention.scaling)
             return mixed.flatten(2), None  # (B, T, C)
         if isinstance(mask, Tensor):
             mask = mask.to(q.device)  # layers may be spread over devices
@@ -67,7 +71,7 @@ class BackEnd:
             dropout=dropout,
             scaling=attention.scaling,
             sliding_window=attention.window,
-            **self.options,
+            **options,
         )
         return mixed.flatten(2), weights  # (B, T, C)
 
@@ -84,12 +88,33 @@ def attention_function(implementation: str) -> AttentionFunction:
     return function
 
 
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[Sequence[int]], *, dropout: float, scaling: float
+) -> Tensor:
+    """Causal attention of each sequence to itself: (B, H, T, D) three times to (B, T, H, D).
+
+    The work is the sum of the squares of the lengths, not the square of their sum, and no mask exists.
+    """
+    rows = []
+    for of_row, *row in zip(lengths, q.unbind(), k.unbind(), v.unbind(), strict=True):
+        # The backward pass of one split is one concatenation; slices would each fill a whole gradient.
+        queries, keys, values = (x.unsqueeze(0).split_with_sizes(list(of_row), dim=2) for x in row)
+        mixed = [
+            torch.nn.functional.scaled_dot_product_attention(
+                queries[i], keys[i], values[i], dropout_p=dropout, is_causal=True, scale=scaling
+            ).transpose(1, 2)  # (1, length, H, D)
+            for i in range(len(of_row))
+        ]
+        rows.append(torch.cat(mixed, dim=1))
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
 def eager_attention(
     module: Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor,
     *,
     dropout: float = 0.0,
     scaling: float,
@@ -97,9 +122,8 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention step by step: (B, H, T, D) to (B, T, H, D) and the weights (B, H, T, S)."""
     scores = (query @ key.transpose(-1, -2)) * scaling  # (B, H, T, S)
-    if attention_mask is not None:
-        is_boolean = attention_mask.dtype == torch.bool
-        scores = scores + (additive(attention_mask, scores.dtype) if is_boolean else attention_mask)
+    is_boolean = attention_mask.dtype == torch.bool
+    scores = scores + (additive(attention_mask, scores.dtype) if is_boolean else attention_mask)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = torch.nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights

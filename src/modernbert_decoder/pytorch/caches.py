@@ -1,7 +1,8 @@
 """What a forward pass asks of a Hugging Face cache, and what differs there between releases.
 
 Responsible for the name of the cache in arguments and outputs (`past_key_values`, renamed `cache` in
-transformers 5.24) and for the signature of its methods. Must not know masks or the network.
+transformers 5.24), for the signatures of its methods, and for the paged cache of `generate_batch`. Must not
+know masks or the network.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modernbert_decoder.architecture import LayerKind
@@ -25,10 +27,16 @@ CACHE_FIELD: Final = (
 )
 """What this release of transformers calls the cache, in outputs and in the arguments of `forward`."""
 
+AnyCache: TypeAlias = Cache | PagedAttentionCache
+"""A paged cache holds many requests. Whoever fills it makes the masks, and says by further options of
+`forward` where keys and values are read and written."""
+
 _TAKES_LENGTH: Final = "query_length" in inspect.signature(Cache.get_mask_sizes).parameters
+# Before 5.24, the library's paged attention functions write the pages themselves.
+_LAYERS_WRITE_PAGES: Final = "read_index" not in inspect.signature(PagedAttentionCache.update).parameters
 
 
-def chosen_cache(past_key_values: object, cache: object) -> Cache | None:
+def chosen_cache(past_key_values: object, cache: object) -> AnyCache | None:
     """The cache under either of its names.
 
     Raises:
@@ -37,7 +45,7 @@ def chosen_cache(past_key_values: object, cache: object) -> Cache | None:
     if past_key_values is not None and cache is not None:
         raise InputError("past_key_values and cache are two names of the same argument; pass only one.")
     chosen = cache if past_key_values is None else past_key_values
-    if chosen is not None and not isinstance(chosen, Cache):
+    if chosen is not None and not isinstance(chosen, AnyCache):
         raise InputError(
             f"past_key_values is of type {type(chosen).__name__}, but must be a cache of transformers, for "
             "example DynamicCache(config=model.config)."
@@ -50,13 +58,37 @@ def new_cache(config: PretrainedConfig) -> Cache:
     return DynamicCache(config=config)
 
 
-def seen_tokens(cache: Cache | None) -> int | Tensor:
-    """How many tokens the cache has seen, also those that sliding layers have dropped."""
-    if cache is None:
+def seen_tokens(cache: AnyCache | None) -> int | Tensor:
+    """How many tokens the cache has seen, also those that sliding layers have dropped; 0 if it is paged."""
+    if not isinstance(cache, Cache):
         return 0
     seen: int | Tensor = cache.get_seq_length()
     # Static caches return the counter that they advance in place; masks may be evaluated after that.
     return seen.clone() if isinstance(seen, Tensor) else seen
+
+
+def extended(
+    cache: AnyCache, k: Tensor, v: Tensor, *, layer_idx: int, slots: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Add keys and values (B, H, T, D) to one layer, and give all that it attends to: (B, H, S, D) twice.
+
+    Args:
+        cache: it is extended in place.
+        k: the new keys.
+        v: the new values.
+        layer_idx: of the layer.
+        slots: (T,), of the new tokens; caches of transformers 4 ask for them.
+        options: of the attention function of this layer; a paged cache reads and replaces some.
+    """
+    both: tuple[Tensor, Tensor]
+    if isinstance(cache, Cache):
+        both = cache.update(k, v, layer_idx, {"cache_position": slots})
+    elif _LAYERS_WRITE_PAGES:
+        both = cache.update(k, v, layer_idx, kwargs=options)
+    else:
+        options["cache"] = cache
+        both = k, v
+    return both
 
 
 def key_spans(

@@ -8,22 +8,26 @@ Shapes: B batch, T query tokens, C model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin
+from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modernbert_decoder.architecture import Head
-from modernbert_decoder.errors import InputError
+from modernbert_decoder.errors import CheckpointError, InputError
 from modernbert_decoder.pytorch import losses, network
-from modernbert_decoder.pytorch.caches import CACHE_FIELD, chosen_cache
+from modernbert_decoder.pytorch.arguments import check_labels
+from modernbert_decoder.pytorch.caches import CACHE_FIELD, AnyCache, chosen_cache
 from modernbert_decoder.pytorch.configuration import ModernBertDecoderConfig
 from modernbert_decoder.pytorch.modeling import (
     AttentionMask,
     ModernBertDecoderModel,
     ModernBertDecoderPreTrainedModel,
 )
+from modernbert_decoder.pytorch.packing import Packing
 
 
 class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
@@ -46,6 +50,40 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
         self.decoder = network.vocabulary_projection(architecture)
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load as `PreTrainedModel.from_pretrained` does.
+
+        A tied checkpoint loaded with `tie_word_embeddings=False` starts from a copy of its embedding.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            *model_args: for the library.
+            **kwargs: for the library.
+
+        Raises:
+            CheckpointError: a `ValueError`: there is such a copy to make, but of weights that are not in
+                memory.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        missing = info["missing_keys"]
+        has_head = not any(key.startswith("lm_head.") for key in missing)
+        if has_head and "decoder.weight" in missing and not model.config.tie_word_embeddings:
+            source, target = model.get_input_embeddings().weight, model.decoder.weight
+            if source.is_meta or target.is_meta:
+                raise CheckpointError(
+                    f"{pretrained_model_name_or_path} has no decoder.weight of its own, and its embedding is "
+                    "offloaded. Load it in memory to untie it, or leave out tie_word_embeddings=False."
+                )
+            with torch.no_grad():
+                target.copy_(source)
+            info["missing_keys"] = type(missing)(key for key in missing if key != "decoder.weight")
+        return (model, info) if wants_info else model
+
     def get_output_embeddings(self) -> nn.Module:
         """The projection on the vocabulary."""
         return self.decoder
@@ -60,7 +98,7 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
         input_ids: Tensor | None = None,
         attention_mask: AttentionMask = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: AnyCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -68,7 +106,7 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         return_dict: bool | None = None,
-        cache: Cache | None = None,
+        cache: AnyCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the decoder and predict the token after each position.
@@ -85,7 +123,8 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
             logits_to_keep: compute logits of the last so many positions only, or of the positions in this
                 tensor; 0: of all. The loss counts every position all the same.
             skip_logits: with labels, compute the loss chunk by chunk and return no logits (None in their
-                place): the (B * T, V) logits never exist at once. None: the attribute of this name while
+                place): the (B * T, V) logits never exist at once. With SDPA the padding of a batch is left
+                out too, where the loss is all that is returned. None: the attribute of this name while
                 training, else False.
             return_dict: as in `ModernBertDecoderModel`.
             cache: as in `ModernBertDecoderModel`.
@@ -97,6 +136,21 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
         """
         num_items = kwargs.pop("num_items_in_batch", None)
         shifted = kwargs.pop("shift_labels", None)
+        if shifted is None and labels is not None:
+            shifted = losses.next_token_labels(labels)
+        if shifted is not None:
+            check_labels(shifted, input_ids if inputs_embeds is None else inputs_embeds)
+        if skip_logits is None:
+            skip_logits = self.skip_logits and self.training and shifted is not None
+        is_alone = position_ids is None and past_key_values is None and cache is None
+        if skip_logits and shifted is not None and is_alone and self._returns_loss_only(use_cache, kwargs):
+            packing = _packing(attention_mask, shifted)
+            if packing is not None:
+                input_ids, inputs_embeds, shifted = (
+                    None if each is None else packing.select(each)
+                    for each in (input_ids, inputs_embeds, shifted)
+                )
+                attention_mask, position_ids = None, packing.position_ids
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -109,8 +163,6 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        if shifted is None and labels is not None:
-            shifted = losses.next_token_labels(labels)
         loss, logits = self._loss_and_logits(hidden, shifted, logits_to_keep, skip_logits, num_items)
         output = CausalLMOutputWithPast(
             loss=loss,
@@ -127,12 +179,10 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
         hidden: Tensor,
         targets: Tensor | None,
         logits_to_keep: int | Tensor,
-        skip_logits: bool | None,
+        skip_logits: bool,
         num_items: losses.NumItems,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The loss over all positions, if there are targets, and the logits of those asked for."""
-        if skip_logits is None:
-            skip_logits = self.skip_logits and self.training and targets is not None
         if skip_logits:
             return self._fused_loss(hidden, targets, num_items), None
         kept: Tensor | slice = slice(None)
@@ -142,6 +192,12 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
             kept = slice(-logits_to_keep, None)
         if targets is None:
             return None, self.decoder(self.lm_head(hidden[:, kept]))
+        if self._learns_directly(hidden):
+            decoder = self.decoder
+            loss, logits = losses.causal_lm_loss_and_logits(
+                hidden, targets, decoder.weight, decoder.bias, transform=self.lm_head, num_items=num_items
+            )
+            return loss, logits[:, kept]
         logits = self.decoder(self.lm_head(hidden))
         return losses.causal_lm_loss(logits, targets, num_items=num_items), logits[:, kept]
 
@@ -149,11 +205,13 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
         if targets is None:
             raise InputError("skip_logits=True without labels would compute nothing. Pass labels.")
         decoder = self.decoder
-        if type(decoder) is not nn.Linear or decoder._forward_hooks or decoder._forward_pre_hooks:
+        if not _is_plain(decoder):
+            kind, weight = type(decoder), type(decoder.weight).__name__
             raise InputError(
                 "skip_logits reads the weight of `decoder` without calling it, but that is no plain Linear "
-                f"without hooks: it is a {type(decoder).__name__}. Set skip_logits=False, or leave the "
-                "vocabulary projection out of adapters, quantization and hooks."
+                f"without hooks: it is a {kind.__module__}.{kind.__qualname__}, its weight a {weight}. "
+                "Set skip_logits=False, or leave the vocabulary projection out of adapters, quantization and "
+                "hooks."
             )
         return losses.fused_causal_lm_loss(
             hidden,
@@ -163,3 +221,39 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
             transform=self.lm_head,
             num_items=num_items,
         )
+
+    def _learns_directly(self, hidden: Tensor) -> bool:
+        """Whether the loss beside the logits may be computed with its gradients: a step of plain training."""
+        decoder = self.decoder
+        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return False
+        if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled(hidden.device.type):
+            return False
+        is_wide = hidden.dtype == decoder.weight.dtype == torch.float32
+        return is_wide and hidden.device == decoder.weight.device and _is_plain(decoder)
+
+    def _returns_loss_only(self, use_cache: bool | None, options: Mapping[str, Any]) -> bool:
+        """Whether no states, weights or cache were asked for, under a back end that separates sequences."""
+        config = self.config
+        if use_cache or (use_cache is None and config.use_cache and not self.training):
+            return False
+        for name in ("output_hidden_states", "output_attentions"):
+            chosen = options.get(name)
+            if getattr(config, name) if chosen is None else chosen:
+                return False
+        return bool(config._attn_implementation == "sdpa")
+
+
+def _is_plain(decoder: nn.Module) -> bool:
+    """Whether reading the weight of a projection is all that calling it would do."""
+    d = decoder
+    if type(d) is not nn.Linear or type(d.weight) not in (nn.Parameter, Tensor) or "forward" in vars(d):
+        return False  # an adapter, or a quantized weight, which is a subclass of Tensor
+    return not (d._forward_hooks or d._forward_pre_hooks or d._backward_hooks or d._backward_pre_hooks)
+
+
+def _packing(attention_mask: AttentionMask, targets: Tensor) -> Packing | None:
+    """How to leave out the padding that a 2-D mask states, if it states any."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or torch.compiler.is_compiling():
+        return None
+    return Packing.of(attention_mask, targets, ignored=losses.IGNORED)

@@ -8,23 +8,25 @@ Shapes: B batch, T query tokens, C model width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.utils import logging
 
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.errors import CheckpointError, InputError
 from modernbert_decoder.pytorch import losses, network
-from modernbert_decoder.pytorch.caches import CACHE_FIELD, chosen_cache
+from modernbert_decoder.pytorch.caches import CACHE_FIELD, AnyCache, chosen_cache, seen_tokens
 from modernbert_decoder.pytorch.configuration import ModernBertDecoderConfig
 from modernbert_decoder.pytorch.modeling import (
     AttentionMask,
     ModernBertDecoderModel,
     ModernBertDecoderPreTrainedModel,
 )
+
+_LOGGER: Final = logging.get_logger(__name__)
 
 
 class ModernBertDecoderForSequenceClassification(  # type: ignore[no-untyped-call]
@@ -52,7 +54,8 @@ class ModernBertDecoderForSequenceClassification(  # type: ignore[no-untyped-cal
             pretrained_model_name_or_path: a folder or a Hub id.
             *model_args: for the library.
             reuse_lm_head: start from the transformation of a language model's head (`lm_head.*` becomes
-                `head.*`) instead of a random one; only `classifier` is then new.
+                `head.*`) instead of a random one; only `classifier` is then new. A checkpoint that is a
+                classifier's already keeps its own head.
             **kwargs: for the library.
 
         Raises:
@@ -82,13 +85,13 @@ class ModernBertDecoderForSequenceClassification(  # type: ignore[no-untyped-cal
         input_ids: Tensor | None = None,
         attention_mask: AttentionMask = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: AnyCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
         return_dict: bool | None = None,
-        cache: Cache | None = None,
+        cache: AnyCache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """Classify B sequences by their last token.
@@ -115,6 +118,8 @@ class ModernBertDecoderForSequenceClassification(  # type: ignore[no-untyped-cal
             InputError: a `ValueError`: arguments that do not fit together.
         """
         num_items = kwargs.pop("num_items_in_batch", None)
+        chosen = chosen_cache(past_key_values, cache)
+        past = seen_tokens(chosen)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -123,11 +128,11 @@ class ModernBertDecoderForSequenceClassification(  # type: ignore[no-untyped-cal
             use_cache=use_cache,
             cache_position=cache_position,
             return_dict=True,
-            **{CACHE_FIELD: chosen_cache(past_key_values, cache)},
+            **{CACHE_FIELD: chosen},
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        last = self._last_tokens(hidden, input_ids, attention_mask)
+        last = self._last_tokens(hidden, input_ids, attention_mask, past)
         pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]  # (B, C)
         logits = self.classifier(self.drop(self.head(pooled)))
         loss = None
@@ -148,13 +153,23 @@ class ModernBertDecoderForSequenceClassification(  # type: ignore[no-untyped-cal
         return output if as_output else output.to_tuple()
 
     def _last_tokens(
-        self, hidden: Tensor, input_ids: Tensor | None, attention_mask: AttentionMask
+        self,
+        hidden: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: AttentionMask,
+        past: int | Tensor,
     ) -> Tensor | int:
         """The position of the last token of each sequence: (B,), or -1 where it is the last of all."""
         num_tokens = hidden.shape[1]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            is_token = attention_mask[:, -num_tokens:] != 0
+            columns = torch.arange(num_tokens, device=attention_mask.device) + past
+            is_token = attention_mask.index_select(1, columns) != 0
         elif input_ids is None:
+            if attention_mask is not None and hidden.shape[0] > 1:
+                _LOGGER.warning_once(
+                    "The last position of every row is pooled, since neither input_ids nor a 2-D "
+                    "attention_mask say where padding is."
+                )
             return -1
         elif self.config.pad_token_id is None:
             if hidden.shape[0] > 1:

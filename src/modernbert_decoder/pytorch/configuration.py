@@ -175,6 +175,8 @@ class ModernBertDecoderConfig(PretrainedConfig):  # type: ignore[no-untyped-call
         stated = dict(config_dict)
         own = {*_MODEL_KEYS, "global_attn_every_n_layers", "rope_scaling"}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in own}
+        if "rope_scaling" in overrides and isinstance(stated.get("rope_parameters"), Mapping):
+            _keep_bases(stated)
         for key in overrides:
             for other in _SUPERSEDED.get(key, ()):
                 if other not in overrides:
@@ -218,6 +220,14 @@ class ModernBertDecoderConfig(PretrainedConfig):  # type: ignore[no-untyped-call
         return isinstance(other, ModernBertDecoderConfig) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _keep_bases(stated: dict[str, Any]) -> None:
+    """State the bases of `rope_parameters`, where transformers 5 keeps them, under their own keys too."""
+    for kind, key in _THETA_KEYS.items():
+        of_kind = stated["rope_parameters"].get(kind.value, stated["rope_parameters"])
+        if isinstance(of_kind, Mapping) and "rope_theta" in of_kind:
+            stated.setdefault(key, of_kind["rope_theta"])
 
 
 __all__ = ["ModernBertDecoderConfig"]

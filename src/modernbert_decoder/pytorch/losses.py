@@ -1,7 +1,7 @@
 """Losses in float32, averaged over the items that a training step really has.
 
-Responsible for the loss of either head, and for the language-model loss that never holds the logits of all
-tokens at once. Must not know models or configurations.
+Responsible for the loss of either head, and for the language-model losses that are computed together with
+their gradients, chunk by chunk. Must not know models or configurations.
 
 Shapes: B batch, T tokens, N tokens of all rows, C model width, V vocabulary.
 """
@@ -14,6 +14,8 @@ from typing import Any, Final, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from modernbert_decoder.errors import InputError
 
 IGNORED: Final = -100
 """The label of tokens and rows that do not count."""
@@ -33,7 +35,7 @@ all batches of a step, so that every item weighs the same."""
 
 def next_token_labels(labels: Tensor) -> Tensor:
     """Labels (B, T) moved so that position t holds the token that follows it; the last one has none."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).long()
 
 
 def causal_lm_loss(logits: Tensor, targets: Tensor, *, num_items: NumItems = None) -> Tensor:
@@ -70,10 +72,36 @@ def fused_causal_lm_loss(
     if not torch.compiler.is_compiling():  # a data-dependent shape
         counted = (flat != IGNORED).nonzero().squeeze(1)
         flat_hidden, flat = flat_hidden.index_select(0, counted), flat.index_select(0, counted)
+    transformed = transform(flat_hidden)
+    if not torch.is_grad_enabled():  # a parameter would still ask for its gradient
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        transform(flat_hidden), weight, bias, flat
+        transformed, weight, bias, flat
     )
     return total / denominator
+
+
+def causal_lm_loss_and_logits(
+    hidden: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    transform: Callable[[Tensor], Tensor],
+    num_items: NumItems = None,
+) -> tuple[Tensor, Tensor]:
+    """`causal_lm_loss` of the logits, and the logits (B, T, V), for float32 outside of autocast.
+
+    The logits are the only thing of their size: log-probabilities and their gradient exist a chunk at a time,
+    and only for tokens with a label. Gradients reach `hidden` and `weight` through both results, but have no
+    gradients of their own. Arguments as in `fused_causal_lm_loss`.
+    """
+    flat = targets.flatten().to(hidden.device)
+    transformed = transform(hidden)  # (B, T, C)
+    total, logits = _LinearAndCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        transformed.flatten(0, 1), weight, bias, flat
+    )
+    return total / _denominator(num_items, flat), logits.unflatten(0, targets.shape)
 
 
 def classification_loss(
@@ -83,12 +111,25 @@ def classification_loss(
 
     Regression takes the mean squared error, one label the cross-entropy, several labels the binary
     cross-entropy of each.
+
+    Raises:
+        InputError: a `ValueError`: labels of another shape.
     """
     logits, labels = _widened(logits), labels.to(logits.device)
     if problem_type == "single_label_classification":
-        flat = labels.flatten()
+        flat = labels.flatten().long()
+        if flat.shape[0] != logits.shape[0]:
+            raise InputError(
+                f"labels have the shape {tuple(labels.shape)}, but {logits.shape[0]} rows have one class "
+                "each. For several labels at once pass floating point numbers, or state problem_type."
+            )
         total = F.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="sum")
         return total / _denominator(num_items, flat)
+    if labels.shape != logits.shape and (logits.shape[1] != 1 or labels.shape != logits.shape[:1]):
+        raise InputError(
+            f"labels have the shape {tuple(labels.shape)}, but {problem_type} needs one number per label and "
+            f"row: {tuple(logits.shape)}."
+        )
     expected = labels.reshape(logits.shape).to(logits.dtype)
     if problem_type == "regression":
         total = F.mse_loss(logits, expected, reduction="sum")
@@ -143,6 +184,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None)
 
 
+class _LinearAndCrossEntropy(torch.autograd.Function):
+    """`_LinearCrossEntropy` in float32 together with the logits (N, V)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wants = ctx.needs_input_grad[:3]
+        logits = F.linear(hidden, weight, bias)
+        total = logits.new_zeros(())
+        grad_hidden = torch.zeros_like(hidden) if wants[0] else None
+        grad_weight = torch.zeros_like(weight) if wants[1] else None
+        grad_bias = logits.new_zeros(weight.shape[0]) if wants[2] else None
+        counted = (targets != IGNORED).nonzero().squeeze(1)
+        size = _chunk_tokens(weight.shape[0])
+        buffer = logits.new_empty(min(size, counted.shape[0]), weight.shape[0])
+        for rows in _chunks(counted.shape[0], size=size):
+            chunk = counted[rows]
+            gradient = torch.index_select(logits, 0, chunk, out=buffer[: chunk.shape[0]])
+            total += _replace_by_gradient(gradient, targets[chunk])
+            if grad_hidden is not None:
+                grad_hidden.index_copy_(0, chunk, gradient @ weight)
+            if grad_weight is not None:
+                grad_weight.addmm_(gradient.t(), hidden[chunk])
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(hidden, weight)
+        ctx.set_materialize_grads(False)  # nobody asks for the gradient of all logits, as a rule
+        return total, logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_total: Tensor | None, grad_logits: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        of_total = [
+            None if gradient is None or grad_total is None else gradient * grad_total
+            for gradient in ctx.gradients
+        ]
+        if grad_logits is None:
+            return (*of_total, None)
+        wants = ctx.needs_input_grad
+        of_logits = (
+            grad_logits @ weight if wants[0] else None,
+            grad_logits.t() @ hidden if wants[1] else None,
+            grad_logits.sum(0) if wants[2] else None,
+        )
+        return (*(_sum(*pair) for pair in zip(of_total, of_logits, strict=True)), None)
+
+
 class _Projection:
     """`x @ weight.T + bias` for one chunk of tokens after the other, in a type at least float32.
 
@@ -152,7 +245,7 @@ class _Projection:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> None:
         self.weight, self.bias, self.wide = weight, bias, wide
-        self.chunk_tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (4 * weight.shape[0]))
+        self.chunk_tokens = _chunk_tokens(weight.shape[0])
         self.dtype = wide  # of the products: what the plain projection would yield
         self._buffer: Tensor | None = None
 
@@ -198,6 +291,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.t(), right)
     else:
         total += left.t() @ right
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
+
+
+def _chunk_tokens(vocab_size: int) -> int:
+    return max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (4 * vocab_size))
 
 
 def _chunks(num_tokens: int, *, size: int) -> list[slice]:

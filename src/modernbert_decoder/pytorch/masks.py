@@ -29,7 +29,13 @@ class BandMask(NamedTuple):
     numbers: Tensor
 
 
-Mask = Tensor | BlockMask | BandMask | None
+class PackedMask(NamedTuple):
+    """What `packed_attention` takes instead of a mask: the lengths of each row's sequences, in turn."""
+
+    lengths: tuple[tuple[int, ...], ...]
+
+
+Mask = Tensor | BlockMask | BandMask | PackedMask | None
 """None: the back end needs none, since causality (queries and keys aligned at slot 0) says everything."""
 
 
@@ -72,13 +78,14 @@ def build_masks(request: MaskRequest, implementation: str) -> dict[LayerKind, Ma
 
     Eager attention gets an additive mask (B or 1, 1, T, S), FlexAttention a block mask, FlashAttention the
     padding (B, S) or None, every other implementation a boolean mask (B or 1, 1, T, S). "sdpa" gets None
-    wherever its own causal flag, or no mask at all, has the same meaning, and a band where a sliding layer
-    runs over a whole sequence much longer than its window.
+    wherever its own causal flag, or no mask at all, has the same meaning, a band where a sliding layer
+    runs over a whole sequence much longer than its window, and lengths where packed sequences are whole.
     """
     masks: dict[LayerKind, Mask] = {}
     for kind, span in request.spans.items():
         window = request.window if kind is LayerKind.SLIDING else None
         if "flash" in implementation:
+            _check_packing_for_flash(request)
             masks[kind] = _padding_of(request, span)
         elif implementation == "flex_attention":
             masks[kind] = _block_mask(request, span, window)
@@ -86,6 +93,9 @@ def build_masks(request: MaskRequest, implementation: str) -> dict[LayerKind, Ma
             masks[kind] = None
         elif implementation == "sdpa" and window is not None and _is_banded(request, span):
             masks[kind] = _band(request, span)
+        elif implementation == "sdpa" and window is None and _is_packed(request, span):
+            assert request.starts is not None
+            masks[kind] = PackedMask(sequence_lengths(request.starts.expand(request.batch_size, -1)))
         elif implementation == "eager":
             masks[kind] = additive(_visible(request, span, window), request.dtype)
         else:
@@ -111,22 +121,33 @@ def sequence_starts(position_ids: Tensor, past: int | Tensor) -> Tensor:
     return torch.where(last_break > 0, past + last_break, past - position_ids[:, :1])
 
 
+def sequence_lengths(starts: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The lengths of the sequences of each row, from `sequence_starts` of all slots from 0 on.
+
+    >>> sequence_lengths(torch.tensor([[0, 0, 0, 3, 3], [0, 0, 0, 0, 0]]))
+    ((3, 2), (5,))
+    """
+    return tuple(
+        tuple(torch.unique_consecutive(row, return_counts=True)[1].tolist()) for row in starts.unbind()
+    )
+
+
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask as numbers to add to the scores: 0 where visible, the lowest number elsewhere."""
     zero = torch.zeros((), dtype=dtype, device=visible.device)
     return torch.where(visible, zero, torch.finfo(dtype).min)
 
 
-def check_padding(attention_mask: Tensor, *, past: int | Tensor, num_queries: int) -> None:
-    """Raise unless a mask (B, ...) covers every cached and every new token.
-
-    Raises:
-        InputError: a `ValueError` that says how many columns are missing.
-    """
-    if not isinstance(past, Tensor) and attention_mask.shape[1] < past + num_queries:
+def _check_packing_for_flash(request: MaskRequest) -> None:
+    """The library separates packed sequences for FlashAttention in a single row, without a cache."""
+    if request.starts is None or torch.compiler.is_compiling():
+        return
+    past = int(request.past)
+    if request.batch_size > 1 or past > 0:
         raise InputError(
-            f"attention_mask has {attention_mask.shape[1]} columns, but {past} cached and {num_queries} new "
-            "tokens need one each. Keep the mask of the earlier tokens and append that of the new ones."
+            "FlashAttention separates packed sequences in one row without cached tokens, but there are "
+            f"{request.batch_size} rows and {past} cached tokens. Pass all sequences in one row and no "
+            "cache, or use attn_implementation='sdpa'."
         )
 
 
@@ -153,6 +174,13 @@ def _is_banded(request: MaskRequest, span: KeySpan) -> bool:
         return False
     is_whole = request.past == 0 and span == (0, request.num_queries)
     return is_whole and Band.is_worth_it(request.num_queries, window=request.window)
+
+
+def _is_packed(request: MaskRequest, span: KeySpan) -> bool:
+    """Whether whole sequences stand one after another, and nothing but their ends needs a mask."""
+    if torch.compiler.is_compiling() or isinstance(request.past, Tensor) or request.padding is not None:
+        return False
+    return request.starts is not None and request.past == 0 and span == (0, request.num_queries)
 
 
 def _band(request: MaskRequest, span: KeySpan) -> BandMask:
@@ -187,6 +215,8 @@ def _visible(request: MaskRequest, span: KeySpan, window: int | None) -> Tensor:
 def _block_mask(request: MaskRequest, span: KeySpan, window: int | None) -> BlockMask:
     """The rule as FlexAttention evaluates it, one pair of slots at a time."""
     padding, starts, past = _padding_of(request, span), request.starts, request.past
+    if starts is not None:
+        starts = starts.expand(request.batch_size, -1)
 
     def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         query, key = q + past, k + span.first

@@ -14,17 +14,32 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from modernbert_decoder.architecture import Head, LayerKind
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.pytorch import network
+from modernbert_decoder.pytorch.arguments import (
+    LIBRARY_OPTIONS,
+    check_options,
+    check_padding,
+    check_tokens,
+    given_masks,
+)
 from modernbert_decoder.pytorch.attention import BackEnd
-from modernbert_decoder.pytorch.caches import CACHE_FIELD, chosen_cache, key_spans, new_cache, seen_tokens
+from modernbert_decoder.pytorch.caches import (
+    CACHE_FIELD,
+    AnyCache,
+    chosen_cache,
+    key_spans,
+    new_cache,
+    seen_tokens,
+)
 from modernbert_decoder.pytorch.configuration import ModernBertDecoderConfig
-from modernbert_decoder.pytorch.masks import Mask, MaskRequest, build_masks, check_padding, sequence_starts
+from modernbert_decoder.pytorch.masks import Mask, MaskRequest, build_masks, sequence_starts
 
 AttentionMask: TypeAlias = Tensor | Mapping[str, Any] | None
 """(B, past + T), 1 where there is a token; or (B or 1, H or 1, T, S), used as it is in every layer; or one of
@@ -88,14 +103,14 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
         input_ids: Tensor | None = None,
         attention_mask: AttentionMask = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: AnyCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache: Cache | None = None,
+        cache: AnyCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the decoder on B sequences of T new tokens.
@@ -117,21 +132,29 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
             output_hidden_states: return the input of every layer, and the final states.
             return_dict: False for a tuple of the fields that are not None.
             cache: the name of `past_key_values` from transformers 5.24 on.
-            **kwargs: options of the attention function, such as FlashAttention's cumulative lengths.
+            **kwargs: options of the attention function, such as FlashAttention's cumulative lengths; see
+                `check_options`.
 
         Raises:
             InputError: a `ValueError`: arguments that do not fit together.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("Pass exactly one of input_ids and inputs_embeds.")
+        check_tokens(input_ids, inputs_embeds, position_ids)
+        implementation = self.config._attn_implementation
         output_attentions = self._choice(output_attentions, "output_attentions")
         output_hidden_states = self._choice(output_hidden_states, "output_hidden_states")
-        if output_attentions and self.config._attn_implementation != "eager":
+        if output_attentions and implementation != "eager":
             raise InputError(
-                f"output_attentions needs attn_implementation='eager', but it is "
-                f"{self.config._attn_implementation!r}: other implementations never hold the weights."
+                f"output_attentions needs attn_implementation='eager', but it is {implementation!r}: other "
+                "implementations never hold the weights."
             )
-        cache = self._cache_for(chosen_cache(past_key_values, cache), use_cache)
+        chosen = chosen_cache(past_key_values, cache)
+        check_options(
+            kwargs,
+            implementation=implementation,
+            is_positioned=position_ids is not None,
+            is_paged=isinstance(chosen, PagedAttentionCache),
+        )
+        cache = self._cache_for(chosen, use_cache)
         x = self.embeddings(input_ids, inputs_embeds)
         past = seen_tokens(cache)
         slots = torch.arange(x.shape[1], device=x.device) + past
@@ -139,22 +162,24 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
         if position_ids is None:
             position_ids = (slots if cache_position is None else cache_position)[None]
         masks = self._masks(x, attention_mask, position_ids if is_packable else None, cache, past)
-        kwargs.pop("num_items_in_batch", None)
+        for name in LIBRARY_OPTIONS:
+            kwargs.pop(name, None)
         back_end = BackEnd(
-            implementation=self.config._attn_implementation,
+            implementation=implementation,
             masks=masks,
             cache=cache,
-            cache_position=slots,
+            slots=slots,
             options={"position_ids": position_ids.expand(x.shape[0], -1), **kwargs},
         )
         states: list[Tensor] | None = [] if output_hidden_states else None
         weights: list[Tensor] | None = [] if output_attentions else None
         x = self._layers(x, self.rotary_emb(position_ids), back_end, states, weights)
+        returned: dict[str, Any] = {CACHE_FIELD: cache}
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=None if states is None else tuple(states),
             attentions=None if weights is None else tuple(weights),
-            **{CACHE_FIELD: cache},
+            **returned,
         )
         return output if self._choice(return_dict, "return_dict") else output.to_tuple()
 
@@ -186,7 +211,7 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
             states.append(x)
         return x
 
-    def _cache_for(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _cache_for(self, cache: AnyCache | None, use_cache: bool | None) -> AnyCache | None:
         if self.gradient_checkpointing and self.training:
             if cache is not None:
                 raise InputError(
@@ -205,22 +230,32 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
         x: Tensor,
         attention_mask: AttentionMask,
         position_ids: Tensor | None,
-        cache: Cache | None,
+        cache: AnyCache | None,
         past: int | Tensor,
     ) -> dict[LayerKind, Mask]:
         """One mask per layer kind; `position_ids` are those that may separate packed sequences."""
         kinds = self.rotary_emb.parameters_of
-        if isinstance(attention_mask, Mapping):
-            return {kind: attention_mask[kind.value] for kind in kinds}
-        if attention_mask is not None and attention_mask.ndim == 4:
-            return dict.fromkeys(kinds, attention_mask)
+        implementation, batch_size, num_queries = self.config._attn_implementation, *x.shape[:2]
+        if isinstance(attention_mask, Mapping) or (attention_mask is not None and attention_mask.ndim == 4):
+            return given_masks(attention_mask, kinds, implementation=implementation, batch_size=batch_size)
+        if isinstance(cache, PagedAttentionCache):
+            return dict.fromkeys(kinds)  # FlashAttention: lengths among the options separate the requests
+        spans = key_spans(
+            cache, self.architecture.layer_kinds, num_queries=num_queries, past=past, device=x.device
+        )
         padding = starts = None
         is_tracing = torch.compiler.is_compiling()
         if attention_mask is not None:
             if attention_mask.ndim != 2:
                 dimensions = attention_mask.ndim
                 raise InputError(f"attention_mask has {dimensions} dimensions, but must have 2 or 4.")
-            check_padding(attention_mask, past=past, num_queries=x.shape[1])
+            check_padding(
+                attention_mask,
+                batch_size=batch_size,
+                past=past,
+                num_queries=num_queries,
+                spans=spans.values(),
+            )
             if is_tracing or not bool(attention_mask.all()):
                 padding = attention_mask.to(device=x.device, dtype=torch.bool)
         elif position_ids is not None:
@@ -228,19 +263,17 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
             if not is_tracing and not bool((starts > 0).any()):
                 starts = None
         request = MaskRequest(
-            batch_size=x.shape[0],
-            num_queries=x.shape[1],
+            batch_size=batch_size,
+            num_queries=num_queries,
             past=past,
-            spans=key_spans(
-                cache, self.architecture.layer_kinds, num_queries=x.shape[1], past=past, device=x.device
-            ),
+            spans=spans,
             window=self.architecture.window,
             padding=padding,
             starts=starts,
             dtype=x.dtype,
             device=x.device,
         )
-        return build_masks(request, self.config._attn_implementation)
+        return build_masks(request, implementation)
 
     def _choice(self, argument: bool | None, name: str) -> bool:
         """An argument of `forward`, or what the configuration says where it is None."""

@@ -1,0 +1,1 @@
+"""Training, classifying, prefilling and generating: our PyTorch classes side by side with upstream's."""
