@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import warnings
@@ -452,6 +453,22 @@ def test_a_missing_file_says_where_it_was_sought(tmp_path: Path) -> None:
 def test_invalid_json_is_a_clear_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"config\.json is not valid JSON"):
+        DecoderArchitecture.from_folder(tmp_path)
+
+
+def test_a_configuration_that_cannot_be_read_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.json"
+    path.mkdir()
+    with pytest.raises(ConfigurationError, match=r"config\.json cannot be read .*check its permissions"):
+        DecoderArchitecture.from_folder(tmp_path)
+
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root, who may run this, is never refused
+    with pytest.raises(ConfigurationError, match=r"cannot be read \(Permission denied\)"):
         DecoderArchitecture.from_folder(tmp_path)
 
 

@@ -23,12 +23,14 @@ ALLOWED: dict[str, frozenset[str]] = {
     **dict.fromkeys(FLOOR, FLOOR),
     "conversion": FLOOR,
     "engine": FLOOR,
+    "jobs": FLOOR | {"engine"},
     "pytorch": FLOOR,
     "training": FLOOR | {"pytorch"},
     "pipelines": FLOOR | {"engine", "pytorch"},
     "serving": FLOOR | {"engine"},
     "evaluation": FLOOR | {"engine", "pytorch"},
-    "cli": FLOOR | {"conversion", "engine", "pytorch", "training", "pipelines", "serving", "evaluation"},
+    "cli": FLOOR
+    | {"conversion", "engine", "jobs", "pytorch", "training", "pipelines", "serving", "evaluation"},
 }
 WITHOUT_TORCH = FLOOR | {"conversion", "engine"}
 TORCH = frozenset({"torch", "transformers"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import safetensors.numpy
 from modernbert_decoder import atomic_files
 from modernbert_decoder.atomic_files import WritingError, new_file, write_folder
 from modernbert_decoder.errors import InputError, ModelNotFoundError
-from modernbert_decoder.safetensors_files import SafetensorsFile, write_safetensors
+from modernbert_decoder.safetensors_files import LazyArray, SafetensorsFile, write_safetensors
 
 TENSORS: dict[str, Any] = {
     "bytes": np.arange(7, dtype=np.uint8),
@@ -32,6 +33,25 @@ def fail_with(number: int) -> Any:
         raise OSError(number, os.strerror(number))
 
     return fail
+
+
+def fill_model(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+def test_an_array_made_when_it_is_written_is_stored_like_any_other(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make(name: str) -> Any:
+        made.append(name)
+        return np.full((2, 3), len(made), np.float32)
+
+    lazy = {name: LazyArray((2, 3), np.dtype(np.float32), partial(make, name)) for name in ("b", "a")}
+    write_safetensors(tmp_path / "model.safetensors", lazy)
+    assert made == ["a", "b"]
+    stored = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(stored["a"], np.full((2, 3), 1, np.float32))
+    np.testing.assert_array_equal(stored["b"], np.full((2, 3), 2, np.float32))
 
 
 def test_written_safetensors_are_read_back_by_the_library_and_by_us(tmp_path: Path) -> None:
@@ -115,10 +135,13 @@ def test_an_empty_folder_is_filled_and_a_full_one_refused(tmp_path: Path) -> Non
 
 def test_overwriting_replaces_model_folders_only(tmp_path: Path) -> None:
     destination = tmp_path / "out"
-    write_folder(destination, fill)
+    write_folder(destination, fill_model)
     (destination / "old").write_text("")
     write_folder(destination, fill, overwrite=True)
     assert sorted(path.name for path in destination.iterdir()) == ["config.json", "sub"]
+    with pytest.raises(InputError, match=r"the folders in it \(sub\) would be lost"):
+        write_folder(destination, fill, overwrite=True)
+    assert (destination / "sub" / "file").read_text() == "content"
     (destination / "config.json").unlink()
     with pytest.raises(InputError, match="not a model folder"):
         write_folder(destination, fill, overwrite=True)
@@ -132,7 +155,7 @@ def test_a_failure_while_filling_leaves_what_was_there(
 ) -> None:
     destination = tmp_path / "out"
     if exists:
-        write_folder(destination, fill)
+        write_folder(destination, fill_model)
 
     def fail(folder: Path) -> None:
         (folder / "half").write_text("")
@@ -162,7 +185,7 @@ def test_a_failed_rename_puts_the_previous_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     destination = tmp_path / "out"
-    write_folder(destination, fill)
+    write_folder(destination, fill_model)
     rename = Path.rename
 
     def rename_all_but_the_new(self: Path, target: Path) -> Path:

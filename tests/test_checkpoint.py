@@ -208,7 +208,7 @@ def test_packed_checkpoints_are_checked_against_their_scheme(tmp_path: Path) -> 
     scheme = QuantizationScheme.named("int8")
     shapes = scheme.packed_shapes(DecoderArchitecture.from_config(CONFIG))
     packed: Tensors = {
-        name: np.zeros(shape, np.uint8 if name.endswith((".data", ".zero_points")) else np.float32)
+        name: np.zeros(shape, np.uint8 if name.endswith(".data") else np.float32)
         for name, shape in shapes.items()
     }
     write_config(tmp_path, **{QUANTIZATION_KEY: scheme.to_dict()})
@@ -230,6 +230,68 @@ def test_packed_checkpoints_are_checked_against_their_scheme(tmp_path: Path) -> 
 def test_a_damaged_description_of_packed_weights_is_refused(folder: Path) -> None:
     write_config(folder, **{QUANTIZATION_KEY: "int8"})
     with pytest.raises(ConfigurationError, match="is 'int8' instead of a JSON object"):
+        Checkpoint.open(folder)
+    write_config(folder, **{QUANTIZATION_KEY: {"version": 99}})
+    with pytest.raises(ConfigurationError, match=rf"{folder / 'config.json'}: .* format version 99"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["a folder", "a dangling link"])
+def test_weights_that_are_no_file_are_called_so(folder: Path, name: str, kind: str) -> None:
+    (folder / "model.safetensors").unlink()
+    if kind == "a folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=rf"{folder / name} is not a file, or a link to one"):
+        Checkpoint.open(folder)
+
+
+# --- generation_config.json ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"eos_token_id": 9}, (2, 9)),
+        ({"eos_token_id": [9, 2, 9]}, (2, 9)),
+        ({"eos_token_id": []}, (2,)),
+        ({"eos_token_id": None}, (2,)),
+        ({"top_k": 7}, (2,)),
+        (None, (2,)),
+    ],
+)
+def test_a_text_ends_at_the_ids_of_both_files(
+    folder: Path, stated: dict[str, Any] | None, expected: tuple[int, ...]
+) -> None:
+    if stated is not None:
+        (folder / "generation_config.json").write_text(json.dumps(stated))
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.eos_token_ids == expected
+    assert checkpoint.generation_config == (stated or {})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not valid JSON .* can also be used without this file"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[]", "must hold one JSON object. The model can also be used without"),
+        (b'{"eos_token_id": "2"}', "eos_token_id is '2', but must be an integer. Correct or remove the key"),
+        (b'{"eos_token_id": [2, null]}', "eos_token_id is None, but must be an integer"),
+        (b'{"eos_token_id": 64}', "eos_token_id is 64, outside the vocabulary of 64. Correct or remove"),
+        (b'{"eos_token_id": -1}', "eos_token_id is -1, outside the vocabulary"),
+    ],
+)
+def test_a_damaged_generation_config_is_named_and_refused(folder: Path, content: bytes, message: str) -> None:
+    path = folder / "generation_config.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=rf"{path}.* {message}"):
+        Checkpoint.open(folder)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigurationError, match=rf"{path} cannot be read .* without this file"):
         Checkpoint.open(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -485,6 +486,11 @@ def test_what_needs_no_conversion_or_would_destroy_its_source_is_refused(tmp_pat
     with pytest.raises(InputError, match="leave --max-positions out"):
         convert_checkpoint(encoder, tmp_path / "out", to=DECODER, max_positions=5)
     decoder = decoder_of(encoder)
+    within = write_encoder(decoder / "encoder")
+    with pytest.raises(InputError, match=r"the folders in it \(encoder\) would be lost"):
+        convert_checkpoint(within, decoder, to=DECODER, overwrite=True)
+    assert (within / "model.safetensors").is_file()
+    shutil.rmtree(within)
     with pytest.raises(InputError, match="exists and is not empty"):
         decoder_of(encoder)
     decoder_of(encoder, overwrite=True)

@@ -141,12 +141,18 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     thread.join()
 
 
-def find(model: str, cache: Path, *, endpoint: str, revision: str = "", offline: bool = False) -> str:
-    """What `find_checkpoint` returns or raises in a fresh process."""
+def hub_environment(cache: Path, *, endpoint: str, offline: bool = False) -> dict[str, str]:
+    """That of a process which asks this Hub and draws progress bars as it would for a user."""
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    return environment
+
+
+def find(model: str, cache: Path, *, endpoint: str, revision: str = "", offline: bool = False) -> str:
+    """What `find_checkpoint` returns or raises in a fresh process."""
+    environment = hub_environment(cache, endpoint=endpoint, offline=offline)
     command = [sys.executable, "-c", FIND, model, revision, str(cache)]
     result = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -217,6 +223,51 @@ def test_a_cache_made_by_other_tools_is_found_offline(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").unlink()
     message = find("org/cached", tmp_path, endpoint=nowhere, offline=True)
     assert "the local cache holds org/cached without its weights" in message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
+@pytest.mark.parametrize(("show", "is_drawn"), [("True", True), ("False", False)])
+def test_a_download_draws_a_progress_bar_on_a_terminal_unless_told_not_to(
+    hub: str, tmp_path: Path, show: str, is_drawn: bool
+) -> None:
+    """That none is drawn elsewhere, `find` checks for every other case."""
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    code = FIND.replace("cache_dir=Path(cache_dir)", f"cache_dir=Path(cache_dir), show_progress={show}")
+    command = [sys.executable, "-c", code, "org/sound", "", str(tmp_path)]
+    drawn: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                data = os.read(ours, 4096)
+            except OSError:  # Linux's way to say that the other end is closed
+                return
+            if not data:
+                return
+            drawn.append(data)
+
+    reader = Thread(target=read)
+    reader.start()
+    try:
+        result = subprocess.run(
+            command,
+            env=hub_environment(tmp_path, endpoint=hub),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            timeout=120,
+        )
+    finally:
+        os.close(theirs)
+        reader.join(timeout=30)
+        os.close(ours)
+    assert result.returncode == 0
+    assert (tmp_path / "models--org--sound").is_dir()
+    assert (b"%|" in b"".join(drawn)) is is_drawn
 
 
 # --- bundled models and folders ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,11 @@ from checkpoints import (
     write_checkpoint,
 )
 from modernbert_decoder.architecture import LayerKind, released_architecture
-from modernbert_decoder.engine.kv_cache import RING_SLACK, KVCache, Slot, ring_length
+from modernbert_decoder.checkpoint import BUNDLED_MODEL
+from modernbert_decoder.engine.kv_cache import KEPT_TOKENS, RING_SLACK, KVCache, Slot, SlotBuffer, ring_length
+from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.engine.runtime import Row
+from modernbert_decoder.errors import InputError
 
 FULL, SLIDING = LayerKind.FULL, LayerKind.SLIDING
 # One float32 projection computed twice, by numpy and by the runtime.
@@ -207,3 +211,133 @@ def test_64_short_requests_do_not_take_the_memory_of_64_contexts(tmp_path: Path)
     taken = resident_bytes() - before
     assert taken < SHORT_REQUESTS_SHARE * reserved, f"{taken:,} of {reserved:,} bytes"
     assert runtime.cache.used_bytes() == 64 * architecture.naive_kv_cache_bytes(30)
+
+
+# --- memory given back ---
+
+
+def long_cache() -> KVCache:
+    """Two slots and more, each of whose contexts takes 16 MB in full layers."""
+    return KVCache(tiny_architecture(), num_slots=8, capacity=16_384)
+
+
+def fill(cache: KVCache, slot: Slot, length: int) -> None:
+    """Writes what a request of that length writes."""
+    for kind, layer in zip(cache.architecture.layer_kinds, cache.layers, strict=True):
+        rows = cache.ring_capacity if kind is SLIDING else length
+        for buffer in layer:
+            buffer[slot.index, :, :rows] = 1
+    slot.length = length
+
+
+def full_bytes(cache: KVCache, num_tokens: int) -> int:
+    """Bytes of that many tokens in the full layers."""
+    architecture = cache.architecture
+    return architecture.num_full_layers * 2 * 4 * architecture.hidden_size * num_tokens
+
+
+def taken_since(before: int, cache: KVCache) -> float:
+    """Resident bytes since then, as tokens of the full layers."""
+    return (resident_bytes() - before) / full_bytes(cache, 1)
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+# Rings, page tables and whatever the interpreter allocates meanwhile.
+NOISE_TOKENS = 1500
+
+
+@on_linux
+@pytest.mark.parametrize("order", [1, -1], ids=["first to last", "last to first"])
+def test_freed_slots_give_their_memory_back(order: int) -> None:
+    cache = long_cache()
+    before = resident_bytes()
+    slots = [cache.allocate() for _ in range(8)]
+    for slot in slots:
+        fill(cache, slot, 12_000)
+    assert taken_since(before, cache) > 8 * 12_000 - NOISE_TOKENS
+    for slot in slots[::order]:
+        cache.free(slot)
+    assert taken_since(before, cache) < KEPT_TOKENS + NOISE_TOKENS
+
+
+@on_linux
+def test_reset_gives_the_memory_back() -> None:
+    cache = long_cache()
+    before = resident_bytes()
+    for _ in range(4):
+        fill(cache, cache.allocate(), 12_000)
+    cache.reset()
+    assert taken_since(before, cache) < KEPT_TOKENS + NOISE_TOKENS
+    assert cache.num_free == 8
+
+
+@on_linux
+@pytest.mark.parametrize("way", ["free", "swap", "empty, swap and free"])
+def test_a_short_slot_in_the_place_of_a_long_one_does_not_keep_its_memory(way: str) -> None:
+    cache = long_cache()
+    before = resident_bytes()
+    long, short = cache.allocate(), cache.allocate()
+    fill(cache, short, 10)
+    fill(cache, long, 16_000)
+    if way == "free":
+        cache.free(long)
+        held = 10
+    elif way == "swap":
+        cache.swap(long, 1)
+        held = 16_010
+    else:
+        cache.empty(long)
+        cache.swap(long, 1)
+        cache.free(long)
+        held = 10
+    assert taken_since(before, cache) < held + KEPT_TOKENS + NOISE_TOKENS
+    assert (cache.layers[0][0][short.index, :, :10] == 1).all()
+
+
+@on_linux
+def test_short_requests_keep_their_pages_for_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Giving pages back and getting others costs time, which only long requests are worth."""
+    released: list[int] = []
+    monkeypatch.setattr(SlotBuffer, "release", lambda _, place: released.append(place))
+    cache = long_cache()
+    for length in (10, 300, KEPT_TOKENS // 8):
+        slots = [cache.allocate() for _ in range(8)]
+        for slot in slots:
+            slot.length = length
+        for slot in slots:
+            cache.free(slot)
+    assert released == []
+    slot = cache.allocate()
+    slot.length = KEPT_TOKENS + 1
+    cache.free(slot)
+    assert set(released) >= {7}
+    released.clear()
+    cache.free(cache.allocate())
+    assert released == [], "given back twice"
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7, 11), (3, 2, 1000, 16), (2, 1, 2048, 32)])
+def test_giving_a_place_back_touches_no_other(shape: tuple[int, ...]) -> None:
+    """Places that do not begin and end at pages share some with their neighbours."""
+    for place in range(shape[0]):
+        array = (buffer := SlotBuffer(shape, slot_bytes=1)).array
+        array[:] = 1
+        buffer.release(place)
+        others = [index for index in range(shape[0]) if index != place]
+        assert (array[others] == 1).all()
+        array[place] = 2
+        assert (array[place] == 2).all()
+
+
+@pytest.mark.parametrize(("num_slots", "capacity"), [(10**9, 2048), (10**18, 2048), (2, 10**15)])
+def test_a_cache_that_the_system_cannot_hold_is_refused_with_its_size(num_slots: int, capacity: int) -> None:
+    architecture = tiny_architecture()
+    rows = 2 * capacity + 2 * (architecture.window + RING_SLACK)
+    wanted = f"{num_slots:,} slots of {rows * 2 * 4 * architecture.hidden_size:,} bytes each"
+    with pytest.raises(InputError, match=rf"{wanted} .*lower max_slots or max_context"):
+        KVCache(architecture, num_slots=num_slots, capacity=capacity)
+
+
+def test_an_impossible_number_of_slots_is_refused_by_the_engine() -> None:
+    with pytest.raises(InputError, match=r"1,000,000,000 slots of .*lower max_slots or max_context"):
+        LLM(BUNDLED_MODEL, max_slots=10**9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints import CLS, tiny_architecture, write_checkpoint
+from checkpoints import CLS, SEP, tiny_architecture, write_checkpoint
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.engine.outputs import CompletionOutput
@@ -102,7 +103,7 @@ def _values(params: SamplingParams) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("", r"the prompt is empty.*\[CLS\] alone"),
+        ("", r"the (prompt|text) is empty"),
         ([[]], "no token ids"),
         ([320], r"integers from 0 to 319, got 320"),
         ([-1], r"integers from 0 to 319, got -1"),
@@ -159,13 +160,24 @@ def test_a_wrong_number_of_sampling_params_is_refused(tiny: LLM, count: int) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threads": 0}, "threads must be at least 1"),
-        ({"max_slots": 0}, "max_slots must be at least 1"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"max_context": 1}, "max_context must be from 2 to the model's 1024"),
-        ({"max_context": 1025}, "max_context must be from 2 to the model's 1024"),
+        *(
+            ({name: value}, rf"{name} must be an integer of at least 1, got {value!r}")
+            for name in ("threads", "max_slots", "chunk_size")
+            for value in (0, -1, 2.5, 4.0, "4", True, False, float("nan"))
+        ),
+        *(
+            (
+                {"max_context": value},
+                f"max_context must be an integer from 2 to the model's 1024, got {value!r}",
+            )
+            for value in (0, 1, 1025, 2.5, 64.0, "64", True)
+        ),
+        ({"threads": 1025}, "threads must be at most 1024, got 1025"),
         ({"dtype": "int5"}, "choose one of float32, int8, int4"),
         ({"providers": ["NoSuchProvider"]}, "NoSuchProvider is not in this build"),
+        ({"providers": "CPUExecutionProvider"}, "providers must be a list of names"),
+        ({"providers": [("CPUExecutionProvider", {})]}, "providers must be a list of names"),
+        ({"providers": 7}, "providers must be a list of names"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -173,10 +185,22 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
         LLM("storyteller", **arguments)
 
 
-def test_a_checkpoint_without_a_language_model_head_is_refused(tmp_path: Path) -> None:
+def test_integers_of_numpy_are_integers() -> None:
+    two = np.int64(2)
+    counts = {"threads": two, "max_slots": two, "chunk_size": two, "max_context": np.int32(64)}
+    with LLM("storyteller", **counts) as llm:
+        assert (llm.threads, llm.max_context) == (2, 64)
+        assert (
+            len(complete(llm, "The old king", SamplingParams(max_tokens=5, ignore_eos=True)).token_ids) == 5
+        )
+
+
+def test_a_checkpoint_without_a_language_model_head_does_not_generate(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, tiny_architecture(head=Head.SEQUENCE_CLASSIFICATION))
-    with pytest.raises(InputError, match="sequence classification and has no language-model head"):
-        LLM(folder)
+    with LLM(folder) as llm:
+        for call in (llm.generate, llm.stream):
+            with pytest.raises(InputError, match="a classification head and cannot generate"):
+                call("a")
 
 
 # --- how completions end ---
@@ -193,6 +217,21 @@ def test_the_end_of_text_ends_a_completion(llm: LLM) -> None:
         llm, PROMPT, SamplingParams(temperature=0, logit_bias=always, ignore_eos=True, max_tokens=5)
     )
     assert (ignored.token_ids, ignored.text, ignored.finish_reason) == ((sep,) * 5, "", "length")
+
+
+@pytest.mark.parametrize("stated", [65, [65, 66], [66, 65]])
+def test_ids_that_generation_config_states_end_a_text_besides_those_of_config(
+    tmp_path: Path, stated: int | list[int]
+) -> None:
+    folder = write_checkpoint(tmp_path, tiny_architecture(eos_token_ids=(64,)))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    with LLM(folder, threads=1, max_context=32) as llm:
+        for token_id in (64, SEP, *([stated] if isinstance(stated, int) else stated)):
+            params = SamplingParams(temperature=0, logit_bias={token_id: 100.0}, max_tokens=5)
+            output = complete(llm, "a", params)
+            assert (output.token_ids, output.finish_reason) == ((token_id,), "stop")
+        params = SamplingParams(temperature=0, logit_bias={67: 100.0}, max_tokens=5)
+        assert complete(llm, "a", params).finish_reason == "length"
 
 
 @pytest.mark.parametrize("min_tokens", [1, 7])

@@ -286,3 +286,54 @@ def test_an_execution_provider_that_is_not_built_in_is_refused() -> None:
             threads=1,
             providers=["NoSuchProvider"],
         )
+
+
+class FakeSession:
+    """Stands for a session on a machine without the device it was asked for."""
+
+    def __init__(self, names: list[str], failure: Exception | None) -> None:
+        self._names = names
+        self._failure = failure
+
+    def __call__(self, *_: object, **options: object) -> FakeSession:
+        assert options["enable_fallback"] == 0, "ONNX Runtime would go on with the processor"
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def get_providers(self) -> list[str]:
+        return self._names
+
+
+def open_with(monkeypatch: pytest.MonkeyPatch, session: FakeSession, providers: list[str]) -> Runtime:
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: names)
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    return Runtime(
+        ARCHITECTURES["window 64"],
+        b"",
+        {},
+        num_slots=1,
+        context_length=10,
+        threads=1,
+        providers=providers,
+    )
+
+
+CUDA_FIRST = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_a_provider_that_does_not_start_is_refused_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession(["CPUExecutionProvider"], None)
+    with pytest.raises(InputError, match=r"CUDAExecutionProvider is in this build .* cannot be started"):
+        open_with(monkeypatch, session, CUDA_FIRST)
+    open_with(monkeypatch, session, ["CPUExecutionProvider"])
+    open_with(monkeypatch, FakeSession(CUDA_FIRST, None), CUDA_FIRST)
+
+
+def test_a_provider_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession([], RuntimeError("CUDA failure 100: no device\nat cuda_call.cc:12"))
+    with pytest.raises(InputError, match=r"with the execution providers CUDA.*failure 100: no device; corr"):
+        open_with(monkeypatch, session, CUDA_FIRST)
+    with pytest.raises(RuntimeError):  # on the processor alone it is a defect of ours
+        open_with(monkeypatch, session, ["CPUExecutionProvider"])

@@ -140,6 +140,35 @@ def test_the_template_equals_transformers_at_every_length(tokenizer: Tokenizer, 
             assert tokenizer.encode_template(text, pair, max_length=max_length) == expected
 
 
+@pytest.mark.parametrize("truncation", ["only_first", "only_second"])
+def test_cutting_one_text_of_a_pair_equals_transformers_at_every_length(
+    truncation: str, tokenizer: Tokenizer, folder: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    for text, pair in (
+        ("A quick brown fox jumps.", "The dogs sleep."),
+        ("The dogs.", "A quick brown fox jumps."),
+    ):
+        kept = pair if truncation == "only_first" else text
+        shortest = len(tokenizer.encode(kept)) - 1 + 4  # beside the template and one token of the other
+        for max_length in range(shortest, 20):
+            options = {"max_length": max_length, "truncation": truncation}
+            assert (
+                tokenizer.encode_template(text, pair, **options)
+                == reference(text, pair, **options)["input_ids"]
+            )
+        with pytest.raises(InputError, match=f"truncation is {truncation}, but the other text alone fills"):
+            tokenizer.encode_template(text, pair, max_length=shortest - 1, truncation=truncation)
+
+
+def test_an_unknown_truncation_or_a_missing_second_text_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="truncation must be longest_first, only_first or only_second"):
+        tokenizer.encode_template("some words", max_length=2, truncation="middle")
+    with pytest.raises(InputError, match="there is no second text"):
+        tokenizer.encode_template("some words", max_length=2, truncation="only_second")
+
+
 def test_truncation_keeps_the_templates_own_tokens(tokenizer: Tokenizer) -> None:
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     assert tokenizer.encode_template("some words", max_length=2) == [cls, sep]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import warnings
@@ -34,7 +35,7 @@ from modernbert_decoder.engine.weights import (
     resolve_scheme,
 )
 from modernbert_decoder.errors import CheckpointError, InputError
-from modernbert_decoder.quantization import PackedMatrix, QuantizationScheme
+from modernbert_decoder.quantization import DTYPES, VOCABULARY_DTYPES, PackedMatrix, QuantizationScheme
 
 ARCHITECTURES = {
     "tied": tiny_architecture(),
@@ -176,14 +177,55 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path, folder: Path, scheme: 
     assert not (tmp_path / "again").exists()
 
 
-def test_a_packed_folder_answers_only_to_its_own_format(tmp_path: Path, folder: Path) -> None:
-    quantize_checkpoint(Checkpoint.open(folder), SCHEMES["int4"], tmp_path / "packed", threads=1)
+PACKED = [  # body and vocabulary of the folder, as `mbd quantize` names them
+    *((body, vocabulary) for body in ("int8", "int4", "w8a8") for vocabulary in VOCABULARY_DTYPES),
+    ("float32", "int8"),
+    ("float32", "int4"),
+]
+
+
+@pytest.mark.parametrize(("body", "vocabulary"), PACKED)
+def test_a_packed_folder_answers_to_what_it_holds_and_says_what_it_does_not(
+    tmp_path: Path, folder: Path, body: str, vocabulary: str
+) -> None:
+    scheme = QuantizationScheme.named(body, vocabulary)
+    quantize_checkpoint(Checkpoint.open(folder), scheme, tmp_path / "packed", threads=1)
     packed = Checkpoint.open(tmp_path / "packed")
-    assert resolve_scheme(packed, None, None) == SCHEMES["int4"]
-    assert resolve_scheme(packed, "int4", None) == SCHEMES["int4"]
-    for dtype, vocabulary in (("int8", None), ("float32", None), ("int4", "int4")):
-        with pytest.raises(InputError, match=r"holds int4 body, int8 vocabulary weights and .* asked for"):
-            resolve_scheme(packed, dtype, vocabulary)
+    for dtype, vocabulary_dtype in itertools.product((None, *DTYPES), (None, *VOCABULARY_DTYPES)):
+        wrong = [
+            f"{name} {asked}"
+            for name, asked, held in (
+                ("dtype", dtype, body),
+                ("vocabulary_dtype", vocabulary_dtype, vocabulary),
+            )
+            if asked not in (None, held)
+        ]
+        if wrong:
+            words = rf"holds {scheme.name} weights and {' with '.join(wrong)} was asked for"
+            with pytest.raises(InputError, match=words):
+                resolve_scheme(packed, dtype, vocabulary_dtype)
+        else:
+            assert resolve_scheme(packed, dtype, vocabulary_dtype) == scheme
+
+
+@pytest.mark.parametrize("asked", [{}, {"dtype": "int4"}, {"vocabulary_dtype": "int4"}])
+def test_the_pure_4_bit_folder_runs_under_every_name_it_has(tmp_path: Path, asked: dict[str, str]) -> None:
+    scheme = QuantizationScheme.named("int4", "int4")
+    checkpoint = Checkpoint.open(find_checkpoint(BUNDLED_MODEL))
+    quantize_checkpoint(checkpoint, scheme, tmp_path / "packed", threads=2)
+    with LLM(tmp_path / "packed", **asked) as llm:
+        assert llm.scheme == scheme
+        assert llm.generate("The old king", GREEDY)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("asked", [{"dtype": "int3"}, {"vocabulary_dtype": "q4"}, {"dtype": 8}])
+def test_an_unknown_name_is_called_unknown_whatever_the_folder_holds(
+    tmp_path: Path, folder: Path, asked: dict[str, Any]
+) -> None:
+    quantize_checkpoint(Checkpoint.open(folder), SCHEMES["int8"], tmp_path / "packed", threads=1)
+    for place in (folder, tmp_path / "packed"):
+        with pytest.raises(InputError, match="choose one of float32, int8, int4"):
+            LLM(place, **asked)
 
 
 def test_an_original_folder_is_run_in_int8_unless_asked_otherwise(folder: Path) -> None:
@@ -278,6 +320,21 @@ def test_starting_warns_of_nothing(folder: Path) -> None:
         for dtype in ("float32", "int8", "int8", "int4"):
             with LLM(folder, dtype=dtype, threads=1, max_context=64) as llm:
                 llm.generate("a", GREEDY)
+
+
+def test_rotary_tables_that_do_not_fit_into_memory_are_refused() -> None:
+    with pytest.raises(InputError, match=r"1,000,000,000,000,000 positions do not fit .* lower max_context"):
+        weights.rotary_tables(ARCHITECTURES["tied"], 10**15)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_configuration_in_any_encoding_of_json_can_be_packed(
+    tmp_path: Path, folder: Path, encoding: str
+) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text(), encoding=encoding)
+    quantize_checkpoint(Checkpoint.open(folder), SCHEMES["int8"], tmp_path / "packed", threads=1)
+    assert Checkpoint.open(tmp_path / "packed").architecture == ARCHITECTURES["tied"]
 
 
 # --- damaged checkpoints ---

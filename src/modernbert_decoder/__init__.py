@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from modernbert_decoder.architecture import DecoderArchitecture
-    from modernbert_decoder.engine.llm import LLM, CompletionOutput, RequestOutput, Score, StreamChunk
+    from modernbert_decoder.engine.llm import (
+        LLM,
+        ClassificationOutput,
+        CompletionOutput,
+        EmbeddingOutput,
+        RankedCandidate,
+        RequestOutput,
+        Score,
+        StreamChunk,
+        TextError,
+    )
     from modernbert_decoder.engine.sampling_params import SamplingParams
     from modernbert_decoder.errors import (
         CheckpointError,
@@ -21,6 +31,7 @@ if TYPE_CHECKING:
         ModelNotFoundError,
         UserError,
     )
+    from modernbert_decoder.pipelines.factory import pipeline
     from modernbert_decoder.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -28,28 +39,37 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "CheckpointError",
+    "ClassificationOutput",
     "CompletionOutput",
     "ConfigurationError",
     "DecoderArchitecture",
+    "EmbeddingOutput",
     "InputError",
     "ModelNotFoundError",
+    "RankedCandidate",
     "RequestOutput",
     "SamplingParams",
     "Score",
     "StreamChunk",
+    "TextError",
     "Tokenizer",
     "UserError",
     "__version__",
+    "pipeline",
 ]
 
 # public name -> the module that defines it
 _HOMES = MappingProxyType(
     {
         "LLM": "engine.llm",
+        "ClassificationOutput": "engine.llm",
         "CompletionOutput": "engine.llm",
+        "EmbeddingOutput": "engine.llm",
+        "RankedCandidate": "engine.llm",
         "RequestOutput": "engine.llm",
         "Score": "engine.llm",
         "StreamChunk": "engine.llm",
+        "TextError": "engine.llm",
         "SamplingParams": "engine.sampling_params",
         "DecoderArchitecture": "architecture",
         "Tokenizer": "tokenizer",
@@ -58,6 +78,7 @@ _HOMES = MappingProxyType(
         "InputError": "errors",
         "ModelNotFoundError": "errors",
         "UserError": "errors",
+        "pipeline": "pipelines.factory",
     }
 )
 

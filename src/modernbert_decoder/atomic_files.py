@@ -62,7 +62,8 @@ def write_folder(destination: Path, write: Callable[[Path], None], *, overwrite:
             `destination`.
 
     Raises:
-        InputError: the destination is a file, or a folder that is not empty and may not be replaced.
+        InputError: the destination is a file, or a folder that is not empty and may not be replaced, or that
+            holds folders, which would be lost.
         WritingError: the folder cannot be written; says why, names it, and tells the free space when the disk
             is full.
     """
@@ -100,8 +101,14 @@ def _check_destination(destination: Path, *, overwrite: bool) -> None:
     if not (destination / "config.json").is_file():
         raise InputError(
             f"{destination} exists and is not a model folder (it has no config.json), so it is not "
-            f"overwritten; "
-            "choose another name or empty it first"
+            "overwritten; choose another name or empty it first"
+        )
+    # The model being read may be one of them.
+    folders = sorted(path.name for path in destination.iterdir() if path.is_dir())
+    if folders:
+        raise InputError(
+            f"{destination} is not overwritten, since the folders in it ({', '.join(folders[:5])}) would be "
+            "lost; choose another name or move them away first"
         )
 
 

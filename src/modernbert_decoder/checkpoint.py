@@ -1,5 +1,4 @@
-"""Checkpoints: find one by bundled name, folder or Hub id; open it memory-mapped; check every tensor against
-its configuration.
+"""Checkpoints: find one by name, folder or Hub id, open it memory-mapped, check every tensor.
 
 This module knows which files make a checkpoint and which tensors belong in it (it asks `architecture`); how
 the tensors are computed with is the engine's business, and how packed weights are coded is `quantization`'s.
@@ -20,11 +19,12 @@ from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture
 from modernbert_decoder.atomic_files import write_folder
-from modernbert_decoder.config_keys import QUANTIZATION_KEY, load_config
+from modernbert_decoder.config_keys import QUANTIZATION_KEY, ConfigReader, load_config
 from modernbert_decoder.costs import EMBEDDING, VOCABULARY
 from modernbert_decoder.errors import CheckpointError, ConfigurationError, InputError, ModelNotFoundError
 from modernbert_decoder.hub import PICKLE_SUFFIXES, DownloadError, download_checkpoint, pickles_refused
 from modernbert_decoder.safetensors_files import FLOAT_DTYPES, SafetensorsFile, write_safetensors
+from modernbert_decoder.spellings import read_eos_token_ids
 
 if TYPE_CHECKING:
     from modernbert_decoder.quantization import QuantizationScheme
@@ -114,10 +114,9 @@ def _not_found(model: str | Path, tried: Iterable[str]) -> ModelNotFoundError:
 
 
 def cache_folder() -> Path:
-    """Where packed weights are kept between runs: `MBD_CACHE`, else `modernbert-decoder` in the user's cache
-    folder.
+    """Where packed weights are kept between runs; not created here.
 
-    The folder is not created here.
+    `MBD_CACHE`, else `modernbert-decoder` in the user's cache folder.
     """
     own = os.environ.get("MBD_CACHE")
     if own:
@@ -133,6 +132,7 @@ class Checkpoint:
         folder: the folder.
         architecture: what its `config.json` says.
         generation_config: the content of `generation_config.json`, empty if there is none.
+        eos_token_ids: the ids that end a text, as `config.json` and `generation_config.json` state them.
         scheme: how the matrices are packed, for a folder of packed weights; else None.
     """
 
@@ -142,16 +142,16 @@ class Checkpoint:
         *,
         architecture: DecoderArchitecture,
         generation_config: dict[str, Any],
+        eos_token_ids: tuple[int, ...],
         scheme: QuantizationScheme | None,
         tensors: Mapping[str, tuple[SafetensorsFile, str]],
         identity: str,
     ) -> None:
-        """For `open`, which has checked all of this; `tensors` maps a name to the file and the name it has
-        there.
-        """
+        """For `open`, which has checked all of this; `tensors`: name -> file and the name it has there."""
         self.folder = folder
         self.architecture = architecture
         self.generation_config = generation_config
+        self.eos_token_ids = eos_token_ids
         self.scheme = scheme
         self._tensors = tensors
         self._identity = identity
@@ -162,7 +162,7 @@ class Checkpoint:
 
         Raises:
             ModelNotFoundError: no such folder, or no `config.json` in it.
-            ConfigurationError: a configuration that cannot be honoured.
+            ConfigurationError: a configuration that cannot be honoured, `generation_config.json` included.
             CheckpointError: weights missing, damaged or pickled, or tensors missing, unexpected or misshapen
                 (all in one error).
         """
@@ -178,11 +178,12 @@ class Checkpoint:
         drop_tied_copy(stored, architecture)
         expected = architecture.tensor_shapes() if scheme is None else scheme.packed_shapes(architecture)
         _check_tensors(folder, stored, expected, architecture, is_packed=scheme is not None)
-        generation_path = folder / "generation_config.json"
+        generation_config, eos_token_ids = _read_generation_config(folder, architecture)
         return cls(
             folder,
             architecture=architecture,
-            generation_config=dict(load_config(generation_path)) if generation_path.is_file() else {},
+            generation_config=generation_config,
+            eos_token_ids=eos_token_ids,
             scheme=scheme,
             tensors={name: stored[name] for name in expected},
             identity=_identity(folder, config_path, files),
@@ -207,15 +208,14 @@ class Checkpoint:
         return file.as_float32(stored_name)
 
     def stored_dtype(self, name: str) -> str:
-        """The type a tensor is stored as, in the format's own spelling: "F32", "F16", "BF16", "F64" or
-        "U8".
-        """
+        """The type a tensor is stored as, as the format spells it: "F32", "F16", "BF16", "F64" or "U8"."""
         file, stored_name = self._tensors[name]
         return file.tensors[stored_name].dtype
 
     def fingerprint(self) -> str:
-        """A cheap identity for caching what is derived from the weights: hex SHA-256 of the path and of every
-        file's name, size and time of change when it was opened. The content is not read.
+        """A cheap identity for caching what is derived from the weights, which are not read.
+
+        The hex SHA-256 of the path and of every file's name, size and time of change when it was opened.
         """
         return hashlib.sha256(self._identity.encode()).hexdigest()
 
@@ -227,7 +227,33 @@ def _read_scheme(entry: Any, config_path: Path) -> QuantizationScheme | None:
         raise ConfigurationError(f"{config_path}: {QUANTIZATION_KEY} is {entry!r} instead of a JSON object")
     from modernbert_decoder.quantization import QuantizationScheme
 
-    return QuantizationScheme.from_dict(entry)
+    try:
+        return QuantizationScheme.from_dict(entry)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{config_path}: {error}") from None
+
+
+def _read_generation_config(
+    folder: Path, architecture: DecoderArchitecture
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """The file's content, and the ids that end a text: those of the file besides those of `config.json`."""
+    path = folder / "generation_config.json"
+    try:
+        content = load_config(path)
+    except ModelNotFoundError:  # a file that need not be there
+        return {}, architecture.eos_token_ids
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error} The model can also be used without this file.") from None
+    try:
+        stated = read_eos_token_ids(ConfigReader(content), default=None)
+        for token_id in stated:
+            if not 0 <= token_id < architecture.vocab_size:
+                raise ConfigurationError(
+                    f"eos_token_id is {token_id}, outside the vocabulary of {architecture.vocab_size}."
+                )
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error} Correct or remove the key.") from None
+    return dict(content), tuple(dict.fromkeys((*architecture.eos_token_ids, *stated)))
 
 
 def open_weights(folder: Path) -> list[SafetensorsFile]:
@@ -237,6 +263,11 @@ def open_weights(folder: Path) -> list[SafetensorsFile]:
     if (folder / _INDEX).is_file():
         return _open_shards(folder)
     names = [path.name for path in folder.iterdir()]
+    for name in (_WEIGHTS, _INDEX):
+        if name in names:
+            raise CheckpointError(
+                f"{folder / name} is not a file, or a link to one; download or copy the weights again"
+            )
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     others = sorted(name for name in names if name.endswith(".safetensors"))
     if pickles and not others:
@@ -248,9 +279,7 @@ def open_weights(folder: Path) -> list[SafetensorsFile]:
 
 
 def _open_shards(folder: Path) -> list[SafetensorsFile]:
-    """All shards that the index names, each there and sound, each indexed tensor in its shard and in no
-    other.
-    """
+    """All shards that the index names, sound, with each indexed tensor in its shard and in no other."""
     index_path = folder / _INDEX
     weight_map = load_config(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -265,8 +294,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the {len(shards)} weights files that {_INDEX} names: "
-            f"{_listed(missing)}. "
-            "Download or copy them again"
+            f"{_listed(missing)}. Download or copy them again"
         )
     files = {shard: SafetensorsFile(folder / shard) for shard in shards}
     absent = [
@@ -281,9 +309,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
 
 
 def canonical_names(files: Iterable[SafetensorsFile]) -> dict[str, tuple[SafetensorsFile, str]]:
-    """Name -> (file, name in the file); names saved from the bare model, without `model.`, get that
-    prefix.
-    """
+    """Name -> (file, name in the file); names of a bare model, without `model.`, get that prefix."""
     files = list(files)
     names = [name for file in files for name in file.tensors]
     is_bare = not any(name.startswith("model.") for name in names)
@@ -350,16 +376,15 @@ def _check_tensors(
         return
     raise CheckpointError(
         f"the weights in {folder} do not fit its config.json ({architecture.num_hidden_layers} layers, "
-        f"hidden size "
-        f"{architecture.hidden_size}, vocabulary {architecture.vocab_size}, head "
-        f"{architecture.head.value}):\n"
+        f"hidden size {architecture.hidden_size}, vocabulary {architecture.vocab_size}, "
+        f"head {architecture.head.value}):\n"
         + "\n".join(lines)
         + "\nCheck that both belong to the same model, or download it again"
     )
 
 
 def _allowed_dtypes(name: str, *, is_packed: bool) -> frozenset[str]:
-    if is_packed and name.endswith((".data", ".zero_points")):
+    if is_packed and name.endswith(".data"):
         return frozenset({"U8"})
     if is_packed and name.endswith(".scales"):
         return frozenset({"F32"})

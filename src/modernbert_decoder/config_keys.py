@@ -225,15 +225,20 @@ def load_config(path: Path) -> Mapping[str, Any]:
 
     Raises:
         ModelNotFoundError: there is no such file.
-        ConfigurationError: not valid JSON, or not a JSON object.
+        ConfigurationError: it cannot be read, is not valid JSON, or not a JSON object.
     """
-    if not path.is_file():
+    try:
+        config = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelNotFoundError(
             f"There is no {path.name} at {path}. A model folder holds config.json, model.safetensors and "
             "tokenizer.json; check the path, or download the missing file."
-        )
-    try:
-        config = json.loads(path.read_bytes())
+        ) from None
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({error.strerror or error}). It must be a file that you may read: check "
+            "its permissions, or download it again."
+        ) from None
     except (ValueError, RecursionError) as error:  # includes undecodable bytes
         raise ConfigurationError(f"{path} is not valid JSON ({error}). Download or write it again.") from None
     if not isinstance(config, dict):

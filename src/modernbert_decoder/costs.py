@@ -21,6 +21,7 @@ FLOAT32_BYTES: Final = 4
 
 EMBEDDING: Final = "model.embeddings.tok_embeddings.weight"
 VOCABULARY: Final = "decoder.weight"  # in an untied model; a tied one computes with the embedding
+CLASSIFIER: Final = "classifier.weight"
 
 
 class ReleasedSize(NamedTuple):

@@ -18,6 +18,9 @@ _QUICK_BUFFER_BYTES: Final = 256 << 20
 _LARGEST_BUFFER_BYTES: Final = 1 << 30
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
+# More threads than any machine has processors take minutes to start.
+MAX_THREADS: Final = 1024
+
 
 def usable_threads() -> int:
     """Processors this process may use."""

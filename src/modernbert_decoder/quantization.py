@@ -1,9 +1,9 @@
 """Block quantization of weight matrices: which matrices, how many bits, packing, unpacking and the error.
 
-A matrix (N, K) is cut along K into blocks; each block is stored as small integers and one float32 scale
-(and, when asymmetric, one zero point). The byte layout is the one that ONNX Runtime's `MatMulNBits` and
-`GatherBlockQuantized` share, so a tied embedding is stored once. This module knows arrays and tensor names;
-it knows nothing of files or of the runtime.
+A matrix (N, K) is cut along K into blocks; each block is stored as small integers and one float32 scale.
+The byte layout is the one that ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized` share, so a tied
+embedding is stored once. This module knows arrays and tensor names; it knows nothing of files or of the
+runtime.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture
-from modernbert_decoder.costs import EMBEDDING, VOCABULARY
+from modernbert_decoder.costs import CLASSIFIER, EMBEDDING, VOCABULARY
 from modernbert_decoder.errors import CheckpointError, ConfigurationError, InputError
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 
-DTYPES: Final = ("float32", "int8", "int4")
+DTYPES: Final = ("float32", "int8", "int4", "w8a8")
+VOCABULARY_DTYPES: Final = ("float32", "int8", "int4")
 # The folder format this version writes and reads; a change of layout, rounding or names raises it.
 FORMAT_VERSION: Final = 1
 # Rows handled at a time: the temporaries of one slice (about 1 MB) stay in a core's cache.
@@ -35,22 +36,23 @@ _SCALE_FRACTIONS: Final = (1.0, 0.96, 0.92, 0.88, 0.84, 0.78)
 
 @dataclass(frozen=True)
 class MatrixFormat:
-    """How one matrix is stored: `bits` (4, 8 or 32), `block_size` values per scale, zero points or not."""
+    """How one matrix is stored: `bits` (4, 8 or 32) and `block_size` values per scale.
+
+    8 bits with block size 0 have one scale per output row, and products of whole rows of integers: the
+    activations are rounded to 8 bits as well, each token with a scale of its own.
+    """
 
     bits: int
     block_size: int = 0
-    has_zero_points: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8, 32):
             raise ConfigurationError(f"weights of {self.bits} bits are not supported; use 4, 8 or 32")
         power_of_two = self.block_size >= 16 and self.block_size & (self.block_size - 1) == 0
-        if self.bits < 32 and not power_of_two:
+        if self.bits < 32 and not power_of_two and not self.is_per_row:
             raise ConfigurationError(
                 f"block_size is {self.block_size}; it must be a power of two and at least 16, for instance 64"
             )
-        if self.bits != 4 and self.has_zero_points:
-            raise ConfigurationError(f"zero points exist for 4-bit weights only, not for {self.bits} bits")
 
     def fitted(self, columns: int) -> MatrixFormat:
         """This format with blocks that divide a row of `columns` values, where blocks of 16 or more can.
@@ -59,16 +61,25 @@ class MatrixFormat:
         64
         """
         largest_power_of_two = columns & -columns
-        if self.bits == 32 or largest_power_of_two < 16:
+        if self.bits == 32 or self.is_per_row or largest_power_of_two < 16:
             return self
         return replace(self, block_size=min(self.block_size, largest_power_of_two))
 
     @property
+    def is_per_row(self) -> bool:
+        """Whether there is one scale for each row of the matrix, and integers are multiplied."""
+        return self.bits == 8 and self.block_size == 0
+
+    def is_like(self, other: MatrixFormat) -> bool:
+        """Whether both have one name, block sizes aside."""
+        return (self.bits, self.is_per_row) == (other.bits, other.is_per_row)
+
+    @property
     def bytes_per_weight(self) -> float:
-        """Bytes read per weight, scales and zero points included."""
-        if self.bits == 32:
-            return 4.0
-        return self.bits / 8 + (4 + self.has_zero_points / 2) / self.block_size
+        """Bytes read per weight, scales included; one scale for a whole row is not counted."""
+        if self.bits == 32 or self.is_per_row:
+            return self.bits / 8
+        return self.bits / 8 + 4 / self.block_size
 
 
 @dataclass(frozen=True)
@@ -85,9 +96,12 @@ class QuantizationScheme:
         Raises:
             InputError: an unknown name.
         """
-        for what, value in (("dtype", dtype), ("vocabulary_dtype", vocabulary_dtype)):
-            if value is not None and value not in DTYPES:
-                raise InputError(f"{what} is {value!r}; choose one of {', '.join(DTYPES)}")
+        for what, value, choices in (
+            ("dtype", dtype, DTYPES),
+            ("vocabulary_dtype", vocabulary_dtype, VOCABULARY_DTYPES),
+        ):
+            if value is not None and value not in choices:
+                raise InputError(f"{what} is {value!r}; choose one of {', '.join(choices)}")
         if vocabulary_dtype is None:
             return cls(_BODY[dtype], _VOCABULARY[dtype])
         return cls(_BODY[dtype], _CHOSEN_VOCABULARY[vocabulary_dtype])
@@ -100,7 +114,7 @@ class QuantizationScheme:
     @property
     def name(self) -> str:
         """`int8`, or `int4 body, int8 vocabulary` where the two differ."""
-        body, vocabulary = _bits_name(self.body.bits), _bits_name(self.vocabulary.bits)
+        body, vocabulary = _format_name(self.body), _format_name(self.vocabulary)
         return body if body == vocabulary else f"{body} body, {vocabulary} vocabulary"
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,7 +134,7 @@ class QuantizationScheme:
                 f"{FORMAT_VERSION}; run `mbd quantize` again on the original checkpoint"
             )
         try:
-            return cls(MatrixFormat(**stored["body"]), MatrixFormat(**stored["vocabulary"]))
+            return cls(_stored_format(stored["body"]), _stored_format(stored["vocabulary"]))
         except (KeyError, TypeError) as error:
             raise ConfigurationError(
                 f"the description of the packed weights is damaged ({error}); run `mbd quantize` again"
@@ -128,13 +142,15 @@ class QuantizationScheme:
 
     def format_of(self, name: str) -> MatrixFormat:
         """The format of a matrix, by its name in the checkpoint."""
+        if name == CLASSIFIER:  # a few rows, whose exactness costs nothing
+            return MatrixFormat(32)
         return self.vocabulary if name in (EMBEDDING, VOCABULARY) else self.body
 
     def packed_shapes(self, architecture: DecoderArchitecture) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape of a packed checkpoint of that architecture.
 
         Query, key and value weights lie in one matrix `attn.Wqkv.weight`; a matrix `X.weight` is stored as
-        `X.weight.data`, `X.weight.scales` and, with zero points, `X.weight.zero_points`.
+        `X.weight.data` and `X.weight.scales`.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in fused_shapes(architecture).items():
@@ -154,27 +170,44 @@ _BODY: Final = {
     "float32": MatrixFormat(32),
     "int8": MatrixFormat(8, 128),
     "int4": MatrixFormat(4, 128),
+    "w8a8": MatrixFormat(8, 0),
 }
 # A 4-bit vocabulary costs as much perplexity as the whole 4-bit body: int4 keeps it in 8 bits by default.
-_VOCABULARY: Final = {**_BODY, "int4": MatrixFormat(8, 128)}
+# The embedding is looked up in blocks, so w8a8 keeps that matrix in them, too.
+_VOCABULARY: Final = {**_BODY, "int4": MatrixFormat(8, 128), "w8a8": MatrixFormat(8, 128)}
 # Asked for by name, it is the pure 4-bit model that compares with llama.cpp's Q4_0, at the same 4.5 bits.
 _CHOSEN_VOCABULARY: Final = {**_BODY, "int4": MatrixFormat(4, 64)}
 
 
-def _bits_name(bits: int) -> str:
-    return "float32" if bits == 32 else f"int{bits}"
+def _stored_format(stored: Any) -> MatrixFormat:
+    """A format from `config.json`; folders of older versions say there that they have no zero points."""
+    values = dict(stored)
+    if values.pop("has_zero_points", False):
+        raise ConfigurationError(
+            "the packed weights have zero points, which are not read here; run `mbd quantize` again on the "
+            "original checkpoint"
+        )
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r} instead of an integer")
+    return MatrixFormat(**values)
+
+
+def _format_name(matrix: MatrixFormat) -> str:
+    if matrix.is_per_row:
+        return "w8a8"
+    return "float32" if matrix.bits == 32 else f"int{matrix.bits}"
 
 
 def _packed_shapes(name: str, shape: tuple[int, int], matrix: MatrixFormat) -> dict[str, tuple[int, ...]]:
     rows, columns = shape
+    if matrix.is_per_row:
+        return {f"{name}.data": (columns, rows), f"{name}.scales": (rows,)}
     blocks = -(-columns // matrix.block_size)
-    shapes: dict[str, tuple[int, ...]] = {
+    return {
         f"{name}.data": (rows, blocks, matrix.block_size * matrix.bits // 8),
         f"{name}.scales": (rows, blocks),
     }
-    if matrix.has_zero_points:
-        shapes[f"{name}.zero_points"] = (rows, -(-blocks // 2))
-    return shapes
 
 
 def fused_shapes(architecture: DecoderArchitecture) -> dict[str, tuple[int, ...]]:
@@ -202,23 +235,19 @@ class PackedMatrix:
     Attributes:
         shape: N, K.
         format: bits and blocks.
-        data: the levels, (N, blocks, bytes of a block).
-        scales: one per block, (N, blocks).
-        zero_points: two per byte, (N, blocks / 2), or None.
+        data: the levels, (N, blocks, bytes of a block); with one scale per row (K, N), signed ones as the
+            bytes they are.
+        scales: one per block, (N, blocks), or per row, (N,).
     """
 
     shape: tuple[int, int]
     format: MatrixFormat
     data: UInt8
     scales: Float32
-    zero_points: UInt8 | None
 
     def tensors(self, name: str) -> dict[str, NDArray[Any]]:
         """The arrays under the names of a packed folder."""
-        tensors: dict[str, NDArray[Any]] = {f"{name}.data": self.data, f"{name}.scales": self.scales}
-        if self.zero_points is not None:
-            tensors[f"{name}.zero_points"] = self.zero_points
-        return tensors
+        return {f"{name}.data": self.data, f"{name}.scales": self.scales}
 
     def relative_error(self, weight: Float32) -> float:
         """Root mean square of (stored - original) divided by the root mean square of the original."""
@@ -231,8 +260,8 @@ def quantize(
 ) -> PackedMatrix:
     """Rounds `weight` (N, K) to `matrix`; K is padded with zeros to whole blocks.
 
-    8 bits: scale = largest magnitude / 127, stored with an offset of 128. 4 bits: the largest value of the
-    block lies on -8, and smaller scales are tried; with zero points the block's range is mapped to 0..15.
+    8 bits: scale = largest magnitude / 127, stored with an offset of 128, or signed where a row has one
+    scale. 4 bits: the largest value of the block lies on -8, and smaller scales are tried.
 
     Raises:
         CheckpointError: the matrix holds NaN or infinity.
@@ -241,11 +270,12 @@ def quantize(
     >>> packed.data[0, 0, :3].tolist(), round(float(packed.scales[0, 0]), 6)
     ([192, 1, 128], 0.015748)
     """
+    if matrix.is_per_row:
+        return _quantize_rows(weight, matrix, name=name)
     rows, columns = weight.shape
     blocks = -(-columns // matrix.block_size)
     data = np.empty((rows, blocks, matrix.block_size * matrix.bits // 8), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
-    offsets = np.empty((rows, blocks), np.uint8) if matrix.has_zero_points else None
     step = max(1, _SLICE_VALUES // (blocks * matrix.block_size))
 
     def pack(start: int) -> None:
@@ -253,32 +283,35 @@ def quantize(
         values = _blocks(weight[part], matrix.block_size)
         # Infinities are reported from the scales below, by name, and not as warnings of the arithmetic.
         with np.errstate(invalid="ignore", over="ignore"):
-            if matrix.bits == 8:
-                data[part], scales[part] = _pack_int8(values)
-            elif offsets is None:
-                data[part], scales[part] = _pack_int4(values)
-            else:
-                data[part], scales[part], offsets[part] = _pack_int4_with_zero_points(values)
+            data[part], scales[part] = _pack_int8(values) if matrix.bits == 8 else _pack_int4(values)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(pack, range(0, rows, step)))
     if not np.isfinite(scales).all():
         raise CheckpointError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
-    zero_points = None if offsets is None else _pack_nibbles(_pad_last(offsets, 2))
-    return PackedMatrix((rows, columns), matrix, data, scales, zero_points)
+    return PackedMatrix((rows, columns), matrix, data, scales)
+
+
+def _quantize_rows(weight: Float32, matrix: MatrixFormat, *, name: str) -> PackedMatrix:
+    """One scale per row, and the levels turned (K, N), as integer products want them."""
+    rows, columns = weight.shape
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales = np.maximum(weight.max(1), -weight.min(1)) / np.float32(127)
+        if not np.isfinite(scales).all():
+            raise CheckpointError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
+        levels = np.rint(weight * _inverse(scales)[:, None]).astype(np.int8)
+    return PackedMatrix((rows, columns), matrix, np.ascontiguousarray(levels.T).view(np.uint8), scales)
 
 
 def dequantize(packed: PackedMatrix) -> Float32:
     """The matrix (N, K) that the packed bytes stand for."""
+    if packed.format.is_per_row:
+        levels = packed.data.view(np.int8).astype(np.float32)
+        return np.ascontiguousarray((levels * packed.scales).T)
     if packed.format.bits == 8:
         values = packed.data.astype(np.float32) - 128
     else:
-        values = _unpack_nibbles(packed.data).astype(np.float32)
-        if packed.zero_points is None:
-            values -= 8
-        else:
-            offsets = _unpack_nibbles(packed.zero_points)[:, : packed.scales.shape[1]]
-            values -= offsets.astype(np.float32)[..., None]
+        values = _unpack_nibbles(packed.data).astype(np.float32) - 8
     values *= packed.scales[..., None]
     rows, columns = packed.shape
     return np.ascontiguousarray(values.reshape(rows, -1)[:, :columns])
@@ -329,16 +362,6 @@ def _pack_int4(values: Float32) -> tuple[UInt8, Float32]:
         best_fractions = np.where(better, np.float32(fraction), best_fractions)
         best_errors = np.where(better, errors, best_errors)
     return _pack_nibbles(_as_bytes(best_levels + 8)), extreme * best_fractions / np.float32(-8)
-
-
-def _pack_int4_with_zero_points(values: Float32) -> tuple[UInt8, Float32, UInt8]:
-    # The range always includes 0, so that 0 is stored exactly.
-    largest, smallest = np.maximum(values.max(2), 0), np.minimum(values.min(2), 0)
-    scales = (largest - smallest) / np.float32(15)
-    inverse = _inverse(scales)
-    offsets = np.clip(np.rint(-smallest * inverse), 0, 15)
-    levels = np.clip(np.rint(values * inverse[..., None]) + offsets[..., None], 0, 15)
-    return _pack_nibbles(_as_bytes(levels)), scales, _as_bytes(offsets)
 
 
 def _pack_nibbles(levels: UInt8) -> UInt8:

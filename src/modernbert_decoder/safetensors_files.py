@@ -1,5 +1,4 @@
-"""Safetensors files: headers read and checked here, tensors memory-mapped without a copy, new files written
-atomically.
+"""Safetensors files: headers checked, tensors memory-mapped without a copy, new files written atomically.
 
 The header is parsed by this module rather than by the safetensors library, so that every defect of a file is
 told in full (which file, which tensor, what to do) and bfloat16 can be read without torch. It knows nothing
@@ -12,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,9 +115,8 @@ class SafetensorsFile:
             num_bad = int(values.size - np.count_nonzero(np.isfinite(values)))
             raise CheckpointError(
                 f"{self.path}: tensor {name} holds {num_bad:,} values of {values.size:,} that are NaN or "
-                f"infinite. "
-                "The training run diverged or the file is damaged; use an earlier checkpoint or download it "
-                "again"
+                "infinite. The training run diverged or the file is damaged; use an earlier checkpoint or "
+                "download it again"
             )
         return values
 
@@ -130,9 +128,23 @@ def bfloat16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return widened.view(np.float32)
 
 
+@dataclass(frozen=True)
+class LazyArray:
+    """An array that is made when its turn to be written comes, and dropped afterwards."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    make: Callable[[], NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it will have."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_safetensors(
     path: Path,
-    tensors: Mapping[str, NDArray[Any]],
+    tensors: Mapping[str, NDArray[Any] | LazyArray],
     metadata: Mapping[str, str] | None = None,
     *,
     bfloat16: Collection[str] = (),
@@ -144,7 +156,7 @@ def write_safetensors(
 
     Args:
         path: the file.
-        tensors: tensor name -> array.
+        tensors: tensor name -> array, or how to make it.
         metadata: free text entries for the header.
         bfloat16: names of the uint16 arrays that hold bfloat16 values, as `SafetensorsFile.raw` gives them.
 
@@ -171,7 +183,9 @@ def write_safetensors(
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name in ordered:
-            array = tensors[name]
+            stored = tensors[name]
+            array = stored.make() if isinstance(stored, LazyArray) else stored
+            assert (array.shape, array.dtype) == (stored.shape, stored.dtype), name
             little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
             file.write(little_endian.reshape(-1).view(np.uint8).data)
 
@@ -189,15 +203,12 @@ def _check_start(path: Path, start: bytes, size_bytes: int) -> None:
         raise _damaged(
             path,
             f"its first 8 bytes announce a header of {header_bytes:,} bytes, but the file has "
-            f"{size_bytes:,}; "
-            "it is cut off or not a safetensors file",
+            f"{size_bytes:,}; it is cut off or not a safetensors file",
         )
 
 
 def _parse_header(path: Path, encoded: bytes) -> dict[str, Any]:
-    """The header's JSON object; a name that occurs twice is refused, since a parser would drop one in
-    silence.
-    """
+    """The header's JSON object; a name that occurs twice, of which a parser would drop one, is refused."""
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
@@ -228,8 +239,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data_begin: int) -> StoredTe
     if dtype not in _STORED_AS:
         raise CheckpointError(
             f"{path}: tensor {name} has dtype {dtype!r}, which is not supported; save the model again in "
-            f"float32, "
-            "float16 or bfloat16, or download the file again if it should be one of these"
+            "float32, float16 or bfloat16, or download the file again if it should be one of these"
         )
     expected_bytes = math.prod(shape) * np.dtype(_STORED_AS[dtype]).itemsize
     if end - begin != expected_bytes:
@@ -257,8 +267,7 @@ def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], data_begin: i
         raise _damaged(
             path,
             f"it is cut off: {size_bytes:,} bytes of {position:,} are there, and {num_cut_off} of "
-            f"{len(tensors)} "
-            "tensors are incomplete",
+            f"{len(tensors)} tensors are incomplete",
         )
     if position < size_bytes:
         raise _damaged(

@@ -332,10 +332,10 @@ def _parse_id2label(value: object) -> dict[int, str] | None:
     return labels
 
 
-def read_eos_token_ids(reader: ConfigReader, default: int) -> tuple[int, ...]:
-    """`eos_token_id` as a tuple: the file may state one id, several, or null."""
+def read_eos_token_ids(reader: ConfigReader, default: int | None) -> tuple[int, ...]:
+    """`eos_token_id` as a tuple: the file may state one id, several, or null; `default` without the key."""
     if not reader.has("eos_token_id"):
-        return (default,)
+        return () if default is None else (default,)
     value = reader.value("eos_token_id")
     if value is None:
         return ()

@@ -1,5 +1,4 @@
-"""Text to token ids and back: `[CLS]` in front of a prompt and never `[SEP]` behind it; decoding as exact as
-the bytes are.
+"""Text to token ids and back: `[CLS]` in front of a prompt, never `[SEP]` behind it, decoding exact.
 
 Reads `tokenizer.json` (byte-level BPE) with the tokenizers library, which does the encoding; decoding is done
 here on bytes, so that streaming costs a table look-up per token. It knows no model beyond the size of its
@@ -39,9 +38,7 @@ class Tokenizer:
     def __init__(
         self, tokenizer: tokenizers.Tokenizer, *, special_ids: Mapping[str, int | None], num_ids: int
     ) -> None:
-        """For `from_folder`, which has checked all of this; `num_ids` is the number of rows of the
-        embedding.
-        """
+        """For `from_folder`, which has checked all of this; `num_ids`: rows of the embedding."""
         cls_token_id = special_ids["cls"]
         assert cls_token_id is not None
         self._tokenizer = tokenizer
@@ -56,8 +53,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, architecture: DecoderArchitecture) -> Tokenizer:
-        """Load `tokenizer.json`, and the names of the special tokens from `tokenizer_config.json` if it is
-        there.
+        """Load `tokenizer.json`, and the special tokens' names from `tokenizer_config.json` if there is one.
 
         Raises:
             ModelNotFoundError: there is no `tokenizer.json`.
@@ -69,7 +65,7 @@ class Tokenizer:
         if not path.is_file():
             raise ModelNotFoundError(
                 f"{folder} holds no tokenizer.json; copy the tokenizer files of the model it was trained "
-                f"from into it"
+                "from into it"
             )
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -78,8 +74,7 @@ class Tokenizer:
         if not isinstance(tokenizer.decoder, decoders.ByteLevel):
             raise CheckpointError(
                 f"{path}: the decoder is {type(tokenizer.decoder).__name__}, but only byte-level tokenizers "
-                f"(decoder ByteLevel), "
-                "as all ModernBERT decoders have, can be used"
+                "(decoder ByteLevel), as all ModernBERT decoders have, can be used"
             )
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -94,31 +89,36 @@ class Tokenizer:
         return [self.cls_token_id, *self._encode(text).ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts, on all cores (environment variable TOKENIZERS_PARALLELISM=false: on
-        one).
-        """
-        if (
-            len(texts) == 1
-        ):  # keeps the library's threads, which complain after a fork, out of the common case
+        """`encode` for many texts, on all cores (environment TOKENIZERS_PARALLELISM=false: on one)."""
+        if len(texts) == 1:
+            # Keeps the library's threads, which complain after a fork, out of the common case.
             return [self.encode(texts[0])]
         cleaned = [_without_surrogates(text) for text in texts]
         encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
         return [[self.cls_token_id, *encoding.ids] for encoding in encodings]
 
     def encode_template(
-        self, text: str, pair: str | None = None, *, max_length: int | None = None
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        max_length: int | None = None,
+        truncation: str = "longest_first",
     ) -> list[int]:
-        """The ids in the file's template, `[CLS] A [SEP]` or `[CLS] A [SEP] B [SEP]`, for classifying and
-        embedding.
+        """The ids in the file's template, `[CLS] A [SEP]` or `[CLS] A [SEP] B [SEP]`.
+
+        It is what classifiers and embedding models are trained with.
 
         Args:
             text: A.
             pair: B.
-            max_length: shorten A and B, the longer one first, from their ends, until all of the ids are no
-                more than this; the template's own tokens stay.
+            max_length: shorten A and B from their ends until all of the ids are no more than this; the
+                template's own tokens stay.
+            truncation: which of the two: "longest_first", "only_first" or "only_second", as in transformers.
 
         Raises:
-            InputError: `max_length` does not even hold the template's own tokens.
+            InputError: `max_length` does not even hold the template's own tokens, or the text that may be
+                shortened would have to lose all of its own.
         """
         first = self._encode(text)
         second = None if pair is None else self._encode(pair)
@@ -126,9 +126,32 @@ class Tokenizer:
             num_own = self._tokenizer.num_special_tokens_to_add(pair is not None)
             if max_length < num_own:
                 raise InputError(f"max_length is {max_length}, but the template alone needs {num_own} tokens")
-            _truncate_longest_first(first, second, room=max_length - num_own)
+            room = max_length - num_own
+            if truncation == "longest_first":
+                _truncate_longest_first(first, second, room=room)
+            else:
+                _truncate_one(first, second, room=room, truncation=truncation)
         ids: list[int] = self._tokenizer.post_process(first, second, add_special_tokens=True).ids
         return ids
+
+    def encode_template_batch(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
+        """`encode_template` for many texts and pairs, on as many cores as `encode_batch`."""
+        if len(texts) == 1:
+            return [self.encode_template(*((texts[0],) if isinstance(texts[0], str) else texts[0]))]
+        cleaned = [
+            _without_surrogates(text)
+            if isinstance(text, str)
+            else (_without_surrogates(text[0]), _without_surrogates(text[1]))
+            for text in texts
+        ]
+        encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=True)
+        return [encoding.ids for encoding in encodings]
+
+    def num_bytes(self, text: str | Sequence[int]) -> int:
+        """UTF-8 bytes of a text; of ids, those that they stand for, special tokens none."""
+        if isinstance(text, str):
+            return len(_without_surrogates(text).encode())
+        return sum(len(self._text_bytes[token_id]) for token_id in text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing.
@@ -262,6 +285,24 @@ def _truncate_longest_first(first: Encoding, second: Encoding | None, *, room: i
     shorter.truncate(keep_shorter)
 
 
+def _truncate_one(first: Encoding, second: Encoding | None, *, room: int, truncation: str) -> None:
+    """Shorten the named one in place until both have `room` tokens in all."""
+    if truncation not in ("only_first", "only_second"):
+        raise InputError(f"truncation must be longest_first, only_first or only_second, got {truncation!r}")
+    chosen, other = (first, second) if truncation == "only_first" else (second, first)
+    if chosen is None:
+        raise InputError("truncation is only_second, but there is no second text; use only_first")
+    num_other = 0 if other is None else len(other)
+    if num_other + len(chosen) <= room:
+        return
+    if num_other >= room:
+        raise InputError(
+            f"truncation is {truncation}, but the other text alone fills max_length with {num_other} tokens "
+            f"beside the template; raise max_length, or use longest_first"
+        )
+    chosen.truncate(room - num_other)
+
+
 def _check_vocabulary(path: Path, tokenizer: tokenizers.Tokenizer, num_ids: int) -> None:
     """Every id the tokenizer can give must have a row in the embedding."""
     num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -274,19 +315,19 @@ def _check_vocabulary(path: Path, tokenizer: tokenizers.Tokenizer, num_ids: int)
         token_id, token = too_large[0]
         raise CheckpointError(
             f"{path} has {len(too_large)} tokens beyond the embedding's {num_ids} rows (vocab_size in "
-            f"config.json), the first "
-            f"is {token!r} with id {token_id}; it belongs to another model, or the embedding was not resized"
+            f"config.json), the first is {token!r} with id {token_id}; it belongs to another model, or the "
+            "embedding was not resized"
         )
 
 
 def _special_ids(
     folder: Path, tokenizer: tokenizers.Tokenizer, architecture: DecoderArchitecture
 ) -> dict[str, int | None]:
-    """The ids of [CLS], [SEP] and [PAD]: `tokenizer_config.json` names them, `config.json` must agree or
-    fills in.
+    """The ids of [CLS], [SEP] and [PAD].
 
-    For padding, which no result depends on, the tokenizer's own id is taken whatever the architecture says,
-    since fine-tuned models often set only one of the two.
+    `tokenizer_config.json` names them; `config.json` must agree, or fills in what is not named there. For
+    padding, which no result depends on, the tokenizer's own id is taken whatever the architecture says, since
+    fine-tuned models often set only one of the two.
     """
     path = folder / "tokenizer_config.json"
     config = _read_config(path)
@@ -300,16 +341,14 @@ def _special_ids(
         if own is not None and stated is not None and own != stated:
             raise CheckpointError(
                 f"{folder}: config.json says {name} is {stated} ({tokenizer.id_to_token(stated)!r}), but "
-                f"the tokenizer has "
-                f"{tokenizer.id_to_token(own)!r} with id {own} (tokenizer_config.json); make them agree, or "
-                f"copy both from one model"
+                f"the tokenizer has {tokenizer.id_to_token(own)!r} with id {own} (tokenizer_config.json); "
+                "make them agree, or copy both from one model"
             )
     cls_token_id = _first(cls_token_id, architecture.cls_token_id, architecture.bos_token_id)
     if cls_token_id is None:
         raise CheckpointError(
             f"{folder}: neither tokenizer_config.json (cls_token, bos_token) nor config.json (cls_token_id, "
-            f"bos_token_id) "
-            "names the token that starts every text; add it"
+            "bos_token_id) names the token that starts every text; add it"
         )
     return {
         "cls": cls_token_id,
@@ -321,9 +360,7 @@ def _special_ids(
 def _named_id(
     path: Path, config: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, keys: Sequence[str]
 ) -> int | None:
-    """The id of the first token that `config` names under one of the keys; spelled as text or as {"content":
-    text}.
-    """
+    """The id of the first token that `config` names under one of the keys, as text or {"content": text}."""
     for key in keys:
         token = config.get(key)
         if isinstance(token, Mapping):
@@ -334,7 +371,7 @@ def _named_id(
         if token_id is None:
             raise CheckpointError(
                 f"{path}: {key} is {token!r}, which is not a token of tokenizer.json; copy both from one "
-                f"model"
+                "model"
             )
         return token_id
     return None

@@ -22,7 +22,7 @@ from modernbert_decoder.conversion.kinds import CheckpointKind
 from modernbert_decoder.costs import EMBEDDING, VOCABULARY
 from modernbert_decoder.errors import CheckpointError
 from modernbert_decoder.quantization import fused_shapes
-from modernbert_decoder.safetensors_files import FLOAT_DTYPES, SafetensorsFile, StoredTensor
+from modernbert_decoder.safetensors_files import FLOAT_DTYPES, LazyArray, SafetensorsFile, StoredTensor
 
 _Stored = dict[str, tuple[SafetensorsFile, str]]  # name -> (file, the name it has there)
 
@@ -227,14 +227,14 @@ class MovedTensors:
     """The tensors of the new checkpoint, under its names, and how they came about.
 
     Attributes:
-        tensors: name -> array as stored.
+        tensors: name -> array as stored; joined ones are put together when they are written.
         bfloat16: names of those whose uint16 values are bfloat16.
         num_split: fused matrices and biases that were cut into three.
         num_joined: those that were put together from three.
         num_renamed: others whose name changed.
     """
 
-    tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
+    tensors: dict[str, NDArray[Any] | LazyArray] = field(default_factory=dict)
     bfloat16: set[str] = field(default_factory=set)
     num_split: int = 0
     num_joined: int = 0
@@ -259,7 +259,7 @@ def move(source: SourceTensors, kind: CheckpointKind, architecture: DecoderArchi
     return moved
 
 
-def _made(name: str, source: SourceTensors) -> tuple[NDArray[Any], str]:
+def _made(name: str, source: SourceTensors) -> tuple[NDArray[Any] | LazyArray, str]:
     """The array of a plain name, and the source tensor it comes from (one of them, if it is joined)."""
     if name in source.tensors:
         return source.raw(name), name
@@ -267,7 +267,9 @@ def _made(name: str, source: SourceTensors) -> tuple[NDArray[Any], str]:
         origin = _PART.sub(_FUSED, name)
         return thirds(source.raw(origin))["qkv".index(part[1])], origin
     origins = [name.replace(_FUSED, f".attn.{part}_proj.") for part in "qkv"]
-    return np.concatenate([source.raw(origin) for origin in origins]), origins[0]
+    parts = [source.raw(origin) for origin in origins]
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return LazyArray(shape, parts[0].dtype, lambda: np.concatenate(parts)), origins[0]
 
 
 def thirds(fused: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
 
 from modernbert_decoder.engine.outputs import StreamChunk
 from modernbert_decoder.engine.request import Request
 from modernbert_decoder.engine.scheduler import Scheduler
+
+Result = TypeVar("Result")
 
 
 class Driver:
@@ -67,6 +71,24 @@ class Driver:
             running = [request for request in requests if not request.is_finished]
         self._abort_if_free()
         return chunks, running
+
+    def compute(self, work: Callable[[], Result]) -> Result:
+        """Carries out `work` between two steps, and such a step before it: who reads drives, too.
+
+        Raises:
+            RuntimeError: the driver is closed.
+        """
+        with self._lock:
+            self._take_aborted()
+            if self.is_closed:
+                self._end_all()
+                raise RuntimeError("this LLM is closed; open a new one")
+            if self.scheduler.has_work:
+                with suppress(Exception):  # which its requests are told
+                    self._step()
+            result = work()
+        self._abort_if_free()
+        return result
 
     def abort(self, requests: Sequence[Request]) -> None:
         """Ends those that still run; at once, or at the end of the step that runs now.

@@ -1,11 +1,11 @@
-"""The ONNX graph of a decoder: from token ids and caches to vocabulary logits and updated caches.
+"""The ONNX graph of a decoder: from token ids and caches to logits, final states and updated caches.
 
 Everything about the model comes from `DecoderArchitecture`, every weight format from `QuantizationScheme`;
 the weights themselves stay outside the graph and are handed to the session by name. This module knows nothing
 of sessions, slots or requests, and it is the only one that imports `onnx`.
 
-Legend: B rows, S new tokens per row (right-padded), M positions with logits, H heads, D head width,
-C model width, V vocabulary, P cache capacity of a full layer, R of a sliding layer.
+Legend: B rows, S new tokens per row (right-padded), M positions with logits, N with states, H heads, D head
+width, C model width, V vocabulary or labels, P cache capacity of a full layer, R of a sliding layer.
 
 The rows of a call are dense (B, S) rather than packed: packing the valid tokens needs two gathers per layer,
 which cost 17 % of a decode step at 17m, while the scheduler calls decode rows and prompt chunks separately
@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from modernbert_decoder.architecture import ACTIVATIONS, Activation, DecoderArchitecture, LayerKind
+from modernbert_decoder.architecture import ACTIVATIONS, Activation, DecoderArchitecture, Head, LayerKind
 from modernbert_decoder.costs import EMBEDDING, VOCABULARY
 from modernbert_decoder.engine.weights import EMBEDDING_ROWS, rotary_name
 from modernbert_decoder.errors import ConfigurationError
@@ -35,18 +35,33 @@ _ACCURACY_INT8: Final = 4
 _NUMPY_TYPES: Final = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int8): TensorProto.INT8,
 }
+# Below it a token's largest activation counts as this much: a row of zeros has no scale.
+_SMALLEST_PEAK: Final = 1e-30
 
 
 def build_graph(
-    architecture: DecoderArchitecture, scheme: QuantizationScheme, *, num_positions: int
+    architecture: DecoderArchitecture,
+    scheme: QuantizationScheme,
+    *,
+    num_positions: int,
+    activation_levels: int = 127,
 ) -> bytes:
-    """The serialized graph, without weights, of the language model.
+    """The serialized graph, without weights, of the model with its head.
 
     Inputs: `input_ids` (B, S) int64; `last_positions` (B,) int32, the total length after the call minus 1;
     `longest` () int32, the largest total length; `query_lengths` (B,) int32, valid tokens per row;
-    `logit_positions` (M,) int64, indices into the B * S tokens; `past_key.i` and `past_value.i`.
-    Outputs: `logits` (M, V), `present_key.i`, `present_value.i`.
+    `logit_positions` (M,) and `state_positions` (N,) int64, indices into the B * S tokens; `past_key.i` and
+    `past_value.i`. Outputs: `logits` (M, V) of the vocabulary or the labels; `states` (N, C) after the final
+    norm; `present_key.i`, `present_value.i`. M and N may be 0: what nobody asks for is not computed. The bare
+    model has neither `logits` nor `logit_positions`.
+
+    Args:
+        architecture: of the model.
+        scheme: of its weights.
+        num_positions: rows of the rotary tables.
+        activation_levels: of each sign, where activations are rounded token by token.
 
     Raises:
         ConfigurationError: a head width that ONNX Runtime's rotary kernel cannot take.
@@ -56,7 +71,7 @@ def build_graph(
             f"the head width is {architecture.head_dim} (hidden_size {architecture.hidden_size} / "
             f"num_attention_heads {architecture.num_attention_heads}); the engine needs a multiple of 16"
         )
-    graph = _GraphBuilder(architecture, scheme, num_positions)
+    graph = _GraphBuilder(architecture, scheme, num_positions, activation_levels)
     graph.build()
     return graph.serialized()
 
@@ -65,11 +80,16 @@ class _GraphBuilder:
     """Collects nodes, initializers and the graph's inputs and outputs while walking through the model."""
 
     def __init__(
-        self, architecture: DecoderArchitecture, scheme: QuantizationScheme, num_positions: int
+        self,
+        architecture: DecoderArchitecture,
+        scheme: QuantizationScheme,
+        num_positions: int,
+        activation_levels: int,
     ) -> None:
         self.architecture = architecture
         self.scheme = scheme
         self.num_positions = num_positions
+        self.activation_levels = activation_levels
         self.shapes = fused_shapes(architecture)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
@@ -77,13 +97,18 @@ class _GraphBuilder:
         self.outputs: list[onnx.ValueInfoProto] = []
 
     def build(self) -> None:
-        """Walks through the model once, from ids to logits."""
+        """Walks through the model once, from ids to states and logits."""
         self._declare_inputs()
         x = self.embeddings()
         for index in range(self.architecture.num_hidden_layers):
             x = self.layer(index, x)
-        x = self.norm("model.final_norm", x)
-        self.language_model_head(x)
+        # The positions are picked before the final norm and the head: other tokens never see either.
+        x = self.op("Reshape", [x, self.constant("token_rows", [-1, self.architecture.hidden_size])])
+        states = self.op("Gather", [x, "state_positions"])
+        self.norm("model.final_norm", states, output="states")
+        self.outputs.insert(0, _value("states", TensorProto.FLOAT, ["N", self.architecture.hidden_size]))
+        if self.architecture.head is not Head.NONE:
+            self.head(self.norm("model.final_norm", self.op("Gather", [x, "logit_positions"])))
 
     # The model, top down.
 
@@ -95,8 +120,7 @@ class _GraphBuilder:
         else:
             x = self.op(
                 "GatherBlockQuantized",
-                [self._gather_data(matrix), "input_ids", self._scales(EMBEDDING, matrix)]
-                + ([self._zero_points(EMBEDDING, matrix)] if matrix.has_zero_points else []),
+                [self._gather_data(matrix), "input_ids", self._scales(EMBEDDING, matrix)],
                 domain=_CONTRIB,
                 bits=matrix.bits,
                 block_size=matrix.block_size,
@@ -155,15 +179,20 @@ class _GraphBuilder:
         activated = self.activation(self.architecture.hidden_activation, halves[0])
         return self.linear(f"{name}.Wo", self.op("Mul", [activated, halves[1]]))
 
-    def language_model_head(self, x: str) -> None:
-        """Vocabulary logits (M, V) at `logit_positions`."""
-        tokens = self.op("Reshape", [x, self.constant("token_rows", [-1, self.architecture.hidden_size])])
-        h = self.op("Gather", [tokens, "logit_positions"])
-        h = self.activation(self.architecture.classifier_activation, self.linear("lm_head.dense", h))
-        h = self.norm("lm_head.norm", h)
-        weight = EMBEDDING if self.architecture.tie_word_embeddings else VOCABULARY
-        self.linear("decoder", h, weight=weight, output="logits")
-        self.outputs.insert(0, _value("logits", TensorProto.FLOAT, ["M", self.architecture.vocab_size]))
+    def head(self, x: str) -> None:
+        """Logits (M, V) of final states (M, C): the transformation, then the projection."""
+        is_classifier = self.architecture.head is Head.SEQUENCE_CLASSIFICATION
+        name = "head" if is_classifier else "lm_head"
+        h = self.activation(self.architecture.classifier_activation, self.linear(f"{name}.dense", x))
+        h = self.norm(f"{name}.norm", h)
+        if is_classifier:
+            self.linear("classifier", h, output="logits")
+            width = self.architecture.num_labels
+        else:
+            weight = EMBEDDING if self.architecture.tie_word_embeddings else VOCABULARY
+            self.linear("decoder", h, weight=weight, output="logits")
+            width = self.architecture.vocab_size
+        self.outputs.insert(0, _value("logits", TensorProto.FLOAT, ["M", width]))
 
     # Building blocks.
 
@@ -180,11 +209,14 @@ class _GraphBuilder:
                 return self.op("FusedMatMul", inputs, output=output, domain=_CONTRIB, transB=1)
             product = self.op("FusedMatMul", inputs, domain=_CONTRIB, transB=1)
             return self.op("Add", [product, *bias_inputs], output=output)
+        if matrix.is_per_row:
+            product = self.integer_product(weight, x, output=None if bias_inputs else output)
+            return self.op("Add", [product, *bias_inputs], output=output) if bias_inputs else product
         inputs = [x, self._packed_data(weight, rows, columns, matrix), self._scales(weight, matrix)]
-        inputs.append(self._zero_points(weight, matrix) if matrix.has_zero_points else "")
         return self.op(
             "MatMulNBits",
-            [*inputs, "", *bias_inputs] if bias_inputs else inputs,
+            # Between scales and bias it could take zero points and a permutation; there are none.
+            [*inputs, "", "", *bias_inputs] if bias_inputs else inputs,
             output=output,
             domain=_CONTRIB,
             K=columns,
@@ -194,12 +226,33 @@ class _GraphBuilder:
             accuracy_level=_ACCURACY_INT8,
         )
 
-    def norm(self, name: str, x: str) -> str:
+    def integer_product(self, weight: str, x: str, *, output: str | None) -> str:
+        """The product with a weight of signed bytes, every token's activations rounded with their own scale.
+
+        A token's values are divided by the largest of them, so that one scale serves all tokens and no token
+        depends on another; the quotient is multiplied back behind the product.
+        """
+        rows, columns = self.shapes[weight]
+        levels = self.activation_levels
+        magnitudes = self.op("Abs", [x])
+        peak = self.op("ReduceMax", [magnitudes, self.constant("last_axis", [-1])], keepdims=1)
+        peak = self.op("Max", [peak, self.constant("smallest_peak", [_SMALLEST_PEAK], np.float32)])
+        scale = self.constant("activation_scale", 1 / levels, np.float32)
+        zero_point = self.constant("activation_zero_point", levels + 1, np.uint8)
+        rounded = self.op("QuantizeLinear", [self.op("Div", [x, peak]), scale, zero_point])
+        data = self.external(f"{weight}.data", (columns, rows), np.int8)
+        scales = self.external(f"{weight}.scales", (rows,))
+        inputs = [rounded, data, scale, scales, zero_point]
+        return self.op("Mul", [self.op("MatMulIntegerToFloat", inputs, domain=_CONTRIB), peak], output=output)
+
+    def norm(self, name: str, x: str, *, output: str | None = None) -> str:
         """Layer normalization over C."""
         inputs = [x, self.external(f"{name}.weight", self.shapes[f"{name}.weight"])]
         if f"{name}.bias" in self.shapes:
             inputs.append(self.external(f"{name}.bias", self.shapes[f"{name}.bias"]))
-        return self.op("LayerNormalization", inputs, axis=-1, epsilon=self.architecture.norm_eps)
+        return self.op(
+            "LayerNormalization", inputs, output=output, axis=-1, epsilon=self.architecture.norm_eps
+        )
 
     def activation(self, name: str, x: str) -> str:
         """The function that a configuration calls `name`, as ONNX operators."""
@@ -247,9 +300,9 @@ class _GraphBuilder:
             self.initializers[name] = tensor
         return name
 
-    def constant(self, name: str, values: Sequence[int]) -> str:
+    def constant(self, name: str, values: float | Sequence[float], dtype: Any = np.int64) -> str:
         """Declares a small initializer that lies in the graph itself."""
-        self.initializers[name] = onnx.numpy_helper.from_array(np.array(values, np.int64), name)
+        self.initializers[name] = onnx.numpy_helper.from_array(np.array(values, dtype), name)
         return name
 
     def _packed_data(self, weight: str, rows: int, columns: int, matrix: MatrixFormat) -> str:
@@ -259,11 +312,6 @@ class _GraphBuilder:
     def _scales(self, weight: str, matrix: MatrixFormat) -> str:
         rows, columns = self.shapes[weight]
         return self.external(f"{weight}.scales", (rows, -(-columns // matrix.block_size)))
-
-    def _zero_points(self, weight: str, matrix: MatrixFormat) -> str:
-        rows, columns = self.shapes[weight]
-        blocks = -(-columns // matrix.block_size)
-        return self.external(f"{weight}.zero_points", (rows, -(-blocks // 2)), np.uint8)
 
     def _gather_data(self, matrix: MatrixFormat) -> str:
         """The embedding's bytes as a table of rows: the same memory as `<embedding>.data`, another shape."""
@@ -276,8 +324,10 @@ class _GraphBuilder:
             _value("last_positions", TensorProto.INT32, ["B"]),
             _value("longest", TensorProto.INT32, []),
             _value("query_lengths", TensorProto.INT32, ["B"]),
-            _value("logit_positions", TensorProto.INT64, ["M"]),
+            _value("state_positions", TensorProto.INT64, ["N"]),
         ]
+        if self.architecture.head is not Head.NONE:
+            self.inputs.append(_value("logit_positions", TensorProto.INT64, ["M"]))
 
     def serialized(self) -> bytes:
         """The model in protobuf form."""
@@ -291,3 +341,14 @@ class _GraphBuilder:
 
 def _value(name: str, element_type: int, shape: Sequence[str | int]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, element_type, shape)
+
+
+def build_probe(length: int) -> bytes:
+    """A product of unsigned bytes `left` (M, length) with a matrix of the largest signed ones."""
+    right = onnx.numpy_helper.from_array(np.full((length, 16), 127, np.int8), "right")
+    node = helper.make_node("MatMulInteger", ["left", "right"], ["product"])
+    left = _value("left", TensorProto.UINT8, ["M", length])
+    product = _value("product", TensorProto.INT32, ["M", 16])
+    graph = helper.make_graph([node], "probe", [left], [product], [right])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
+    return bytes(model.SerializeToString())

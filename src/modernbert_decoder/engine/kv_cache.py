@@ -1,15 +1,16 @@
 """Slots and their keys and values: growing buffers for full layers, rings for sliding ones.
 
 Every layer has one key and one value buffer (slots, H, capacity, D). A full layer's capacity is the whole
-context, but memory is taken page by page as tokens arrive: 64 short requests do not pay for 64 contexts.
-A sliding layer keeps the window and some slack. Slots in use are always 0..n-1, so that a range of rows is
-one block of memory. This module knows nothing of sessions or requests.
+context, but memory is taken page by page as tokens arrive, and given back when slots are freed: 64 short
+requests do not pay for 64 contexts. A sliding layer keeps the window and some slack. Slots in use are always
+0..n-1, so that a range of rows is one block of memory. This module knows nothing of sessions or requests.
 
 Legend: H heads, D head width.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
 from typing import Final
@@ -18,12 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture, LayerKind
+from modernbert_decoder.errors import InputError
 
 Float32 = NDArray[np.float32]
 
 # Positions a ring holds beyond the window: it is compacted once in (slack + 1) tokens, not at every token.
 RING_SLACK: Final = 64
-
+# Tokens for whose pages all free places together are kept: the next requests find them ready.
+KEPT_TOKENS: Final = 4096
+# Pages for so many tokens more than it holds may lie behind a slot that moved into a longer one's place.
+_SPARE_TOKENS: Final = 256
 
 # Python names this flag from 3.13 on; its value on Linux is older than that.
 _NO_RESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -55,7 +60,15 @@ class Slot:
 
 
 class KVCache:
-    """The buffers of all layers and the slots that share them."""
+    """The buffers of all layers and the slots that share them.
+
+    Memory follows the tokens in use: on Linux, full layers keep pages for at most `KEPT_TOKENS` tokens beside
+    them. Rings, bounded by the window, keep theirs. On other systems every place keeps the pages of its
+    longest request until `close`.
+
+    Raises:
+        InputError: the system does not give that much memory.
+    """
 
     def __init__(self, architecture: DecoderArchitecture, *, num_slots: int, capacity: int) -> None:
         self.architecture = architecture
@@ -63,12 +76,24 @@ class KVCache:
         self.capacity = capacity
         self.ring_capacity = architecture.window + RING_SLACK
         heads, width = architecture.num_attention_heads, architecture.head_dim
-        self.layers: list[tuple[Float32, Float32]] = []
-        for kind in architecture.layer_kinds:
-            rows = self.ring_capacity if kind is LayerKind.SLIDING else capacity
-            shape = (num_slots, heads, rows, width)
-            self.layers.append((_untouched(shape), _untouched(shape)))
+        rows = [
+            self.ring_capacity if kind is LayerKind.SLIDING else capacity for kind in architecture.layer_kinds
+        ]
+        slot_bytes = 2 * sum(rows) * heads * width * 4
+        buffers = [
+            [SlotBuffer((num_slots, heads, count, width), slot_bytes=slot_bytes) for _ in ("key", "value")]
+            for count in rows
+        ]
+        self.layers: list[tuple[Float32, Float32]] = [(keys.array, values.array) for keys, values in buffers]
+        self._releasable = [
+            buffer
+            for kind, pair in zip(architecture.layer_kinds, buffers, strict=True)
+            for buffer in pair
+            if kind is LayerKind.FULL
+        ]
         self._slots: list[Slot] = []
+        # Place -> most tokens that slots which have left it wrote there since its pages were given back.
+        self._written: dict[int, int] = {}
 
     @property
     def num_free(self) -> int:
@@ -85,9 +110,16 @@ class KVCache:
     def free(self, slot: Slot) -> None:
         """Gives the slot back; the last one in use moves into its place."""
         last = self._slots.pop()
+        self.empty(slot)
         if last is not slot:
             self._relocate(last, slot.index)
         slot.index = -1
+        self._trim()
+
+    def empty(self, slot: Slot) -> None:
+        """Drops what the slot holds, which is then not worth moving."""
+        self._leave(slot)
+        slot.length = 0
 
     def fork(self, slot: Slot) -> Slot:
         """A new slot with the same contents."""
@@ -102,18 +134,27 @@ class KVCache:
         if other is slot:
             return
         place = slot.index
+        self._leave(other)
         held = [[buffer[index].copy() for buffer in layer] for layer in self._filled_views(other)]
         self._relocate(slot, index)
+        self._clear_for(other, place)
         for layer, (keys, values) in zip(held, self._filled_views(other), strict=True):
             keys[place], values[place] = layer
         other.index = place
         self._slots[place] = other
 
     def reset(self) -> None:
-        """Frees every slot."""
-        for slot in self._slots:
+        """Frees every slot, also after a move that was interrupted half-way."""
+        for slot in {*self._slots}:
+            self._leave(slot)
             slot.index = -1
         self._slots.clear()
+        self._trim()
+
+    def close(self) -> None:
+        """Gives all memory back; nothing can be allocated afterwards."""
+        self.layers.clear()
+        self._releasable.clear()
 
     def bytes_at(self, length: int) -> int:
         """Bytes that hold the keys and values of one slot with `length` tokens."""
@@ -126,7 +167,33 @@ class KVCache:
         """Bytes that hold keys and values of the slots in use."""
         return sum(self.bytes_at(slot.length) for slot in self._slots)
 
+    def _leave(self, slot: Slot) -> None:
+        """Remembers how far the slot has filled the place whose contents it is about to leave."""
+        self._written[slot.index] = max(slot.length, self._written.get(slot.index, 0))
+
+    def _trim(self) -> None:
+        """Gives pages of free places back, of those first that are taken last, until few enough are left."""
+        free = sorted((place for place in self._written if place >= len(self._slots)), reverse=True)
+        num_kept = sum(self._written[place] for place in free)
+        for place in free:
+            if num_kept <= KEPT_TOKENS:
+                return
+            num_kept -= self._written[place]
+            self._release(place)
+
+    def _clear_for(self, slot: Slot, place: int) -> None:
+        """Gives back the pages of a place that `slot` is about to fill, if it would leave many unused."""
+        if self._written.get(place, 0) > slot.length + _SPARE_TOKENS:
+            self._release(place)
+
+    def _release(self, place: int) -> None:
+        for buffer in self._releasable:
+            buffer.release(place)
+        del self._written[place]
+
     def _relocate(self, slot: Slot, index: int) -> None:
+        self._leave(slot)
+        self._clear_for(slot, index)
         self._copy(slot, index)
         slot.index = index
         self._slots[index] = slot
@@ -150,15 +217,52 @@ class KVCache:
         return [in_ring if sliding else length for sliding in is_sliding]
 
 
-def _untouched(shape: tuple[int, ...]) -> Float32:
-    """Zeros that take no memory until they are written, where the system maps memory lazily.
+class SlotBuffer:
+    """Float32 zeros (slots, ...) that take no memory until they are written, where the system maps lazily.
 
     Not `np.zeros`: numpy asks for huge pages, and the first token of each head would take 2 MB.
+
+    Args:
+        shape: slots first.
+        slot_bytes: what all buffers of one slot take together, for the message.
+
+    Attributes:
+        array: the whole of it.
+
+    Raises:
+        InputError: the system does not give that much memory.
     """
-    size = int(np.prod(shape)) * 4
-    if sys.platform == "win32":
-        return np.zeros(shape, np.float32)
+
+    def __init__(self, shape: tuple[int, ...], *, slot_bytes: int) -> None:
+        self._place_bytes = math.prod(shape[1:]) * 4
+        try:
+            self._memory = None if sys.platform == "win32" else _untouched_memory(math.prod(shape) * 4)
+            flat = (
+                np.zeros(shape, np.float32)
+                if self._memory is None
+                else np.frombuffer(self._memory, np.float32)
+            )
+            self.array: Float32 = flat.reshape(shape)
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
+            raise InputError(
+                f"the system does not give the memory for {shape[0]:,} slots of {slot_bytes:,} bytes each "
+                f"({error}); lower max_slots or max_context"
+            ) from error
+
+    def release(self, place: int) -> None:
+        """Makes one slot zeros again that take no memory; elsewhere than on Linux nothing changes."""
+        if self._memory is None or sys.platform != "linux":
+            return
+        # Whole pages only: those at either end may belong to a neighbour as well.
+        page = mmap.PAGESIZE
+        begin = -(-place * self._place_bytes // page) * page
+        end = (place + 1) * self._place_bytes // page * page
+        if begin < end:
+            self._memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def _untouched_memory(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+    return memory

@@ -1,64 +1,86 @@
-"""`LLM`: a checkpoint ready to generate, stream and score, without PyTorch.
+"""`LLM`: a checkpoint ready to generate, stream, score, rank, classify and embed, without PyTorch.
 
-It puts together checkpoint, tokenizer, graph, runtime and scheduler, checks what callers pass in, and shapes
-what they get back. One `LLM` may be used from several threads and by several open streams at once: they
-share its slots, and whoever waits for a result drives the scheduler.
+It puts together checkpoint, tokenizer, runtime, scheduler and reader, says which jobs a checkpoint's head
+can do, and shapes what callers get back. One `LLM` may be used from several threads and by several open
+streams and jobs at once: they take turns, and whoever waits for a result drives the scheduler.
 """
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import Final, TypeVar
 
-from modernbert_decoder.architecture import DecoderArchitecture, Head
+import numpy as np
+from numpy.typing import NDArray
+
+from modernbert_decoder.architecture import Head
 from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
 from modernbert_decoder.engine.driver import Driver
-from modernbert_decoder.engine.graph_cache import cached_graph
 from modernbert_decoder.engine.kv_cache import KVCache
+from modernbert_decoder.engine.loading import check_sizes, context_of, open_runtime
 from modernbert_decoder.engine.outputs import (
+    ClassificationOutput,
     CompletionOutput,
+    EmbeddingOutput,
     Logprob,
+    RankedCandidate,
     RequestOutput,
     Score,
     StreamChunk,
+    TextError,
     Timings,
 )
+from modernbert_decoder.engine.prompts import Prompt, Text, as_list, checked_ids, is_text, progress_bar
+from modernbert_decoder.engine.ranking import Ranking
+from modernbert_decoder.engine.reading import Reader
+from modernbert_decoder.engine.reading_jobs import Classification, Embedding, HiddenStates, TemplateEncoder
 from modernbert_decoder.engine.request import Request
-from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.sampling_params import SamplingParams
 from modernbert_decoder.engine.scheduler import Scheduler
-from modernbert_decoder.engine.weights import load_weights, resolve_scheme, rotary_tables
+from modernbert_decoder.engine.scoring import Scoring
+from modernbert_decoder.engine.weights import resolve_scheme
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.machine import usable_threads
-from modernbert_decoder.quantization import QuantizationScheme
+from modernbert_decoder.spellings import CLASS_NAMES
 from modernbert_decoder.tokenizer import Tokenizer
 
 __all__ = [
     "LLM",
+    "ClassificationOutput",
     "CompletionOutput",
+    "EmbeddingOutput",
     "Logprob",
+    "RankedCandidate",
     "RequestOutput",
     "Score",
     "StreamChunk",
+    "TextError",
     "Timings",
 ]
 
 DEFAULT_MAX_SLOTS: Final = 32
 DEFAULT_CHUNK_SIZE: Final = 256
-_CPU: Final = ("CPUExecutionProvider",)
+DEFAULT_MAX_BATCH_TOKENS: Final = 512
 
-Prompt = str | Sequence[int]
+_HEAD_NAMES: Final = {
+    Head.CAUSAL_LM: "a language-model head",
+    Head.SEQUENCE_CLASSIFICATION: "a classification head",
+    Head.NONE: "no head",
+}
+Result = TypeVar("Result")
 
 
 class LLM:
-    """A ModernBERT decoder language model on ONNX Runtime.
+    """A ModernBERT decoder on ONNX Runtime: a language model, a classifier or the bare model.
+
+    Language models generate, score and rank; classifiers classify; all of them embed.
 
     Args:
         model: `"storyteller"` (bundled), a folder, or a Hub id such as `"jhu-clsp/ettin-decoder-17m"`.
-        dtype: "float32", "int8" or "int4"; by default int8, or what a packed folder holds.
+        dtype: "float32", "int8", "int4" or "w8a8"; by default int8, or what a packed folder holds. "w8a8",
+            products of 8-bit integers, reads texts fastest (docs/design.md).
         vocabulary_dtype: another format for the embedding and vocabulary matrix; "int4" there is the pure
             4-bit model, smaller and faster than the default of int4, and less exact (docs/benchmarks.md).
         revision: branch, tag or commit on the Hub.
@@ -67,6 +89,8 @@ class LLM:
         max_slots: most completions computed at a time; further ones wait.
         max_context: most tokens of prompt and completion together; by default the model's own limit.
         chunk_size: prompt tokens per step: smaller ones delay running streams less, larger ones are faster.
+        max_batch_tokens: most tokens of a batch of texts that are classified, embedded, scored or ranked,
+            padding included. More is not faster on processors: the batch then leaves their caches.
         providers: ONNX Runtime execution providers, in order of preference.
         show_progress: draw progress bars while downloading, if standard error is a terminal.
 
@@ -87,39 +111,47 @@ class LLM:
         max_slots: int = DEFAULT_MAX_SLOTS,
         max_context: int | None = None,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
+        max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         providers: Sequence[str] | None = None,
         show_progress: bool = True,
     ) -> None:
-        for name, value in (("threads", threads), ("max_slots", max_slots), ("chunk_size", chunk_size)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+        check_sizes(
+            threads=threads,
+            providers=providers,
+            max_slots=max_slots,
+            chunk_size=chunk_size,
+            max_batch_tokens=max_batch_tokens,
+        )
         folder = find_checkpoint(model, revision=revision, cache_dir=cache_dir, show_progress=show_progress)
         checkpoint = Checkpoint.open(folder)
         self.architecture = checkpoint.architecture
-        if self.architecture.head is not Head.CAUSAL_LM:
-            raise InputError(
-                f"{model} is a checkpoint for {self.architecture.head.value.replace('_', ' ')} and has no "
-                "language-model head; load a ModernBertDecoderForCausalLM checkpoint"
-            )
-        self.max_context = _context(max_context, self.architecture)
+        self.max_context = context_of(max_context, self.architecture)
         self.tokenizer = Tokenizer.from_folder(folder, self.architecture)
         self.scheme = resolve_scheme(checkpoint, dtype, vocabulary_dtype)
-        self.threads = threads or usable_threads()
-        self._runtime = _runtime(
+        self.threads = int(threads or usable_threads())
+        self.folder = folder
+        self._model = str(model)
+        self._runtime = open_runtime(
             checkpoint,
             self.scheme,
             num_slots=max_slots,
             context_length=self.max_context,
             threads=self.threads,
-            providers=tuple(providers or _CPU),
+            providers=providers,
         )
-        ends = {*self.architecture.eos_token_ids, self.tokenizer.sep_token_id}
+        ends = {*checkpoint.eos_token_ids, self.tokenizer.sep_token_id}
         scheduler = Scheduler(
             self._runtime,
             eos_token_ids=sorted(token_id for token_id in ends if token_id is not None),
             chunk_size=chunk_size,
         )
         self._driver = Driver(scheduler)
+        self._reader = Reader(
+            self._runtime,
+            self._driver.compute,
+            max_batch_tokens=max_batch_tokens,
+            context_length=self.max_context,
+        )
 
     def generate(
         self,
@@ -140,7 +172,7 @@ class LLM:
             InputError: an empty prompt, ids outside the vocabulary, or a prompt and `max_tokens` that do not
                 fit the context.
         """
-        listed = _as_list(prompts)
+        listed = as_list(prompts)
         params = _one_for_each(sampling_params, len(listed))
         groups = [self._requests(prompt, each) for prompt, each in zip(listed, params, strict=True)]
         self._run(groups, "generate" if use_tqdm else None)
@@ -171,28 +203,180 @@ class LLM:
         finally:
             self._driver.abort(requests)
 
-    def score(self, texts: Prompt | Sequence[Prompt], *, use_tqdm: bool = False) -> list[Score]:
+    def classify(
+        self,
+        texts: Text | Sequence[Text],
+        *,
+        truncate: bool = False,
+        max_length: int | None = None,
+        use_tqdm: bool = False,
+    ) -> list[ClassificationOutput]:
+        """Labels and probabilities of texts, pairs of texts or token ids, in their order.
+
+        Args:
+            texts: one or many. Text takes the tokenizer's template, `[CLS] text [SEP]`; a pair is a tuple of
+                two; token ids are used as they are, without padding ids at their end.
+            truncate: cut what is longer than `max_length`; otherwise that is an error.
+            max_length: most tokens of a text, those of the template included; by default the context.
+            use_tqdm: draw a progress bar on standard error.
+
+        Raises:
+            InputError: the checkpoint has no classification head, or a text cannot be used.
+        """
+        listed = as_list(texts)
+        outputs = self.iter_classify(listed, truncate=truncate, max_length=max_length)
+        return _all(outputs, len(listed), "classify" if use_tqdm else None)
+
+    def iter_classify(
+        self, texts: Iterable[Text], *, truncate: bool = False, max_length: int | None = None
+    ) -> Iterator[ClassificationOutput | TextError]:
+        """`classify` for any number of texts, lazily and in bounded memory; bad texts give a `TextError`."""
+        self._require(Head.SEQUENCE_CLASSIFICATION, "classify")
+        encoder = self._template_encoder(truncate=truncate, max_length=max_length)
+        return self._reader.read(texts, Classification(encoder, self.architecture))
+
+    def embed(
+        self,
+        texts: Text | Sequence[Text],
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        truncate: bool = False,
+        max_length: int | None = None,
+        use_tqdm: bool = False,
+    ) -> NDArray[np.float32]:
+        """Vectors (texts, width) of texts, pairs of texts or token ids: states after the final norm.
+
+        Args:
+            texts: as in `classify`.
+            pooling: "last" takes the last token's state, "mean" the mean over all tokens.
+            normalize: scale every vector to length 1.
+            truncate: as in `classify`.
+            max_length: as in `classify`.
+            use_tqdm: draw a progress bar on standard error.
+
+        Raises:
+            InputError: another pooling, or a text that cannot be used.
+        """
+        listed = as_list(texts)
+        outputs = self.iter_embed(
+            listed, pooling=pooling, normalize=normalize, truncate=truncate, max_length=max_length
+        )
+        vectors = np.empty((len(listed), self.architecture.hidden_size), np.float32)
+        for i, output in enumerate(_all(outputs, len(listed), "embed" if use_tqdm else None)):
+            vectors[i] = output.embedding
+        return vectors
+
+    def iter_embed(
+        self,
+        texts: Iterable[Text],
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        truncate: bool = False,
+        max_length: int | None = None,
+    ) -> Iterator[EmbeddingOutput | TextError]:
+        """`embed` for any number of texts, lazily and in bounded memory; bad texts give a `TextError`."""
+        encoder = self._template_encoder(truncate=truncate, max_length=max_length)
+        return self._reader.read(texts, Embedding(encoder, pooling=pooling, normalize=normalize))
+
+    def hidden_states(
+        self,
+        texts: Text | Sequence[Text],
+        *,
+        truncate: bool = False,
+        max_length: int | None = None,
+        use_tqdm: bool = False,
+    ) -> list[NDArray[np.float32]]:
+        """States (tokens, width) of every token of each text, after the final norm; texts as in `embed`."""
+        listed = as_list(texts)
+        states = self.iter_hidden_states(listed, truncate=truncate, max_length=max_length)
+        return _all(states, len(listed), "states" if use_tqdm else None)
+
+    def iter_hidden_states(
+        self, texts: Iterable[Text], *, truncate: bool = False, max_length: int | None = None
+    ) -> Iterator[NDArray[np.float32] | TextError]:
+        """`hidden_states` for any number of texts, lazily; bad texts give a `TextError`."""
+        encoder = self._template_encoder(truncate=truncate, max_length=max_length)
+        return self._reader.read(texts, HiddenStates(encoder))
+
+    def score(
+        self, texts: Prompt | Sequence[Prompt], *, stride: int | None = None, use_tqdm: bool = False
+    ) -> list[Score]:
         """The log-probability of every token of each text given the tokens before it.
 
         Args:
             texts: as the prompts of `generate`: `[CLS]` is put in front of text and is not scored itself.
+            stride: texts longer than the context are read in windows that start with `[CLS]` and begin
+                `stride` tokens after each other; every token is scored once, with at least
+                `max_context - stride` tokens before it. Without it such texts are refused.
             use_tqdm: draw a progress bar on standard error.
 
         Raises:
-            InputError: as for `generate`; texts longer than the context are refused.
+            InputError: the checkpoint has no language-model head, or a text cannot be used.
         """
-        listed = _as_list(texts)
-        groups = []
-        for text in listed:
-            ids = self._prompt_ids(text)
-            if len(ids) > self.max_context:
-                raise InputError(
-                    f"the text has {len(ids)} tokens and the context holds {self.max_context}; "
-                    "score it in pieces"
-                )
-            groups.append([Request(ids, None, tokenizer=self.tokenizer, max_tokens=0)])
-        self._run(groups, "score" if use_tqdm else None)
-        return [Score(tuple(group[0].prompt_ids), tuple(group[0].prompt_logprobs)) for group in groups]
+        listed = as_list(texts)
+        return _all(self.iter_score(listed, stride=stride), len(listed), "score" if use_tqdm else None)
+
+    def iter_score(
+        self, texts: Iterable[Prompt], *, stride: int | None = None
+    ) -> Iterator[Score | TextError]:
+        """`score` for any number of texts, lazily and in bounded memory; bad texts give a `TextError`."""
+        self._require(Head.CAUSAL_LM, "score")
+        job = Scoring(
+            self.tokenizer,
+            vocab_size=self.architecture.vocab_size,
+            context=self.max_context,
+            stride=stride,
+        )
+        return self._reader.read(texts, job)
+
+    def rank(
+        self,
+        text: str,
+        candidates: Sequence[str],
+        *,
+        normalization: str = "sum",
+        unconditional_text: str = "",
+    ) -> list[RankedCandidate]:
+        """How likely each candidate is to continue the text, the greatest score first.
+
+        A candidate's tokens are those that tokenizing text and candidate together adds to the text's own;
+        spaces at the end of the text go to the candidate, as words are tokenized with the space before them.
+
+        Args:
+            text: what stands before; "" is `[CLS]` alone.
+            candidates: what may follow.
+            normalization: the score is the log-probability of the candidate's tokens ("sum"), that per token
+                ("token") or per UTF-8 byte ("byte"), or less the log-probability of the same continuation
+                after `unconditional_text` ("unconditional").
+            unconditional_text: "" is `[CLS]` alone.
+
+        Raises:
+            InputError: the checkpoint has no language-model head, or an argument cannot be used.
+        """
+        ranked = self.iter_rank(
+            [(text, candidates)], normalization=normalization, unconditional_text=unconditional_text
+        )
+        return _all(ranked, 1, None)[0]
+
+    def iter_rank(
+        self,
+        items: Iterable[tuple[str, Sequence[str]]],
+        *,
+        normalization: str = "sum",
+        unconditional_text: str = "",
+    ) -> Iterator[list[RankedCandidate] | TextError]:
+        """`rank` for any number of texts with candidates, lazily; bad ones give a `TextError`."""
+        self._require(Head.CAUSAL_LM, "rank")
+        job = Ranking(
+            self.tokenizer,
+            vocab_size=self.architecture.vocab_size,
+            context=self.max_context,
+            normalization=normalization,
+            unconditional_text=unconditional_text,
+        )
+        return self._reader.read(items, job)
 
     @property
     def cache(self) -> KVCache:
@@ -211,6 +395,7 @@ class LLM:
         """
         if not self._driver.is_closed:
             self._driver.close()
+            self._reader.close()
             self._runtime.close()
 
     def __enter__(self) -> LLM:
@@ -224,7 +409,7 @@ class LLM:
     def _run(self, groups: list[list[Request]], description: str | None) -> None:
         """Runs all requests to their ends; none is left in the scheduler, whatever happens."""
         requests = [request for group in groups for request in group]
-        progress = _progress(description, len(requests))
+        progress = progress_bar(description, len(requests))
         driver = self._driver
         num_ended = driver.num_ended
         try:
@@ -246,6 +431,7 @@ class LLM:
 
     def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
         """The completions of one prompt, checked against the vocabulary and the context."""
+        self._require(Head.CAUSAL_LM, "generate")
         params.validate_against(self.architecture.vocab_size)
         ids = self._prompt_ids(prompt)
         room = self.max_context - len(ids)
@@ -267,75 +453,50 @@ class LLM:
         ]
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if not is_text(prompt):
+            return checked_ids(prompt, self.architecture.vocab_size)
+        assert isinstance(prompt, str)
+        if not prompt:
+            raise InputError(
+                "the prompt is empty; to write from nothing, pass the token ids "
+                f"[{self.tokenizer.cls_token_id}], which is [CLS] alone"
+            )
+        return self.tokenizer.encode(prompt)
+
+    def _template_encoder(self, *, truncate: bool, max_length: int | None) -> TemplateEncoder:
+        return TemplateEncoder(
+            self.tokenizer,
+            self.architecture,
+            context=self.max_context,
+            truncate=truncate,
+            max_length=max_length,
+        )
+
+    def _require(self, head: Head, job: str) -> None:
+        """Refuses a job that needs another head than the checkpoint has, and any job after `close`."""
         if self._driver.is_closed:
             raise RuntimeError("this LLM is closed; open a new one")
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InputError(
-                    "the prompt is empty; to write from nothing, pass the token ids "
-                    f"[{self.tokenizer.cls_token_id}], which is [CLS] alone"
-                )
-            return self.tokenizer.encode(prompt)
-        ids = list(_iterable(prompt))
-        if not ids:
-            raise InputError("the prompt has no token ids; give at least [CLS]")
-        size = self.architecture.vocab_size
-        for token_id in ids:
-            if not _is_integer(token_id) or not 0 <= token_id < size:
-                raise InputError(f"prompt token ids must be integers from 0 to {size - 1}, got {token_id!r}")
-        return [int(token_id) for token_id in ids]
+        if self.architecture.head is not head:
+            raise InputError(
+                f"{self._model} has {_HEAD_NAMES[self.architecture.head]} and cannot {job}, which takes "
+                f"{_HEAD_NAMES[head]}; load a {CLASS_NAMES[head]} checkpoint"
+            )
 
 
-def _context(max_context: int | None, architecture: DecoderArchitecture) -> int:
-    limit = architecture.max_position_embeddings
-    if max_context is None:
-        return limit
-    if not 2 <= max_context <= limit:
-        raise InputError(f"max_context must be from 2 to the model's {limit}, got {max_context}")
-    return max_context
-
-
-def _runtime(
-    checkpoint: Checkpoint,
-    scheme: QuantizationScheme,
-    *,
-    num_slots: int,
-    context_length: int,
-    threads: int,
-    providers: Sequence[str],
-) -> Runtime:
-    architecture = checkpoint.architecture
-    graph = cached_graph(architecture, scheme, num_positions=context_length)
-    weights = load_weights(checkpoint, scheme, threads=threads)
-    return Runtime(
-        architecture,
-        graph,
-        {**weights, **rotary_tables(architecture, context_length)},
-        num_slots=num_slots,
-        context_length=context_length,
-        threads=threads,
-        providers=providers,
-    )
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many, as a list: a string or a flat list of integers is one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    listed = list(_iterable(prompts))
-    if listed and all(_is_integer(item) for item in listed):
-        return [listed]
-    return listed
-
-
-def _iterable(prompt: Iterable[Any]) -> Iterable[Any]:
-    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
-        raise InputError(f"a prompt must be text or a list of token ids, got {prompt!r}")
-    return prompt
-
-
-def _is_integer(item: object) -> bool:
-    return isinstance(item, numbers.Integral) and not isinstance(item, bool)
+def _all(outputs: Iterable[Result | TextError], count: int, description: str | None) -> list[Result]:
+    """All results, or the first error."""
+    progress = progress_bar(description, count)
+    results: list[Result] = []
+    try:
+        for output in outputs:
+            if isinstance(output, TextError):
+                which = f"text {len(results)}: " if count > 1 else ""
+                raise InputError(which + output.message)
+            results.append(output)
+            progress.update(1)
+    finally:
+        progress.close()
+    return results
 
 
 def _one_for_each(
@@ -362,32 +523,3 @@ def _request_output(prompt: Prompt, group: list[Request]) -> RequestOutput:
     )
     text = prompt if isinstance(prompt, str) else None
     return RequestOutput(text, tuple(leader.prompt_ids), outputs, timings)
-
-
-class _Progress(Protocol):
-    """What is used of a progress bar."""
-
-    def update(self, count: int) -> object:
-        """Advances it."""
-
-    def close(self) -> None:
-        """Ends it."""
-
-
-class _Silent:
-    """A progress bar that is not shown."""
-
-    def update(self, count: int) -> None:
-        """Nothing to draw."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-def _progress(description: str | None, total: int) -> _Progress:
-    if description is None:
-        return _Silent()
-    from tqdm import tqdm
-
-    bar: _Progress = tqdm(total=total, desc=description)
-    return bar

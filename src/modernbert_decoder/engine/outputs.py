@@ -1,9 +1,13 @@
-"""What the engine gives back: completions, streamed pieces, scores and how long each phase took."""
+"""What the engine gives back: completions, streamed pieces, labels, scores, vectors, rankings and timings."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class Logprob(NamedTuple):
@@ -114,12 +118,97 @@ class Score:
     Attributes:
         token_ids: `[CLS]` and the text.
         logprobs: natural logarithms, one per token after the first.
+        num_bytes: UTF-8 bytes of the text; of token ids, those that the tokens after the first stand for,
+            special tokens none.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    num_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have a log-probability."""
+        return len(self.logprobs)
 
     @property
     def total_logprob(self) -> float:
         """The log-probability of the whole text."""
-        return sum(self.logprobs)
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean negative log-probability; not a number where no token is scored."""
+        if not self.logprobs:
+            return math.nan
+        mean = -self.total_logprob / len(self.logprobs)
+        try:
+            return math.exp(mean)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Negative log-probability in bits per UTF-8 byte; not a number where there is no byte."""
+        return -self.total_logprob / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationOutput:
+    """What a classifier says of one text.
+
+    Attributes:
+        num_tokens: tokens read, those of the template included.
+        logits: one per label, in the order of the model's `id2label`.
+        probabilities: softmax of the logits for a single label, sigmoid of each for several labels at once;
+            for regression the logits themselves.
+        label: the one with the greatest logit.
+    """
+
+    num_tokens: int
+    logits: tuple[float, ...]
+    probabilities: tuple[float, ...]
+    label: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingOutput:
+    """One text as a vector.
+
+    Attributes:
+        num_tokens: tokens read, those of the template included.
+        embedding: (C,).
+    """
+
+    num_tokens: int
+    embedding: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class RankedCandidate:
+    """One continuation of a text, and how likely it is.
+
+    Attributes:
+        index: its place among the candidates given.
+        candidate: as given.
+        num_tokens: the tokens it adds to the text.
+        total_logprob: log-probability of those tokens given the text.
+        score: `total_logprob` under the normalization asked for.
+    """
+
+    index: int
+    candidate: str
+    num_tokens: int
+    total_logprob: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextError:
+    """What stands in the place of a result where one of many texts could not be used.
+
+    Attributes:
+        message: what was wrong with it.
+    """
+
+    message: str

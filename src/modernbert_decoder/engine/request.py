@@ -6,7 +6,6 @@ the session. A prompt with `n` completions is `n` requests of one group that sha
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
@@ -16,16 +15,15 @@ from numpy.typing import NDArray
 from modernbert_decoder.engine.outputs import CompletionOutput, Logprob, StreamChunk
 from modernbert_decoder.engine.runtime import Row
 from modernbert_decoder.engine.sampling import RequestSampler, SampledToken, SamplingParams
-from modernbert_decoder.engine.selection import Workspace, log_sum_exp
+from modernbert_decoder.engine.selection import Workspace
 from modernbert_decoder.engine.stopping import StopChecker
-from modernbert_decoder.errors import CheckpointError
 from modernbert_decoder.tokenizer import Tokenizer
 
 Float32 = NDArray[np.float32]
 
 
 class Request:
-    """One completion, or (with `params` None) the scoring of one prompt.
+    """One completion.
 
     Attributes:
         row: its slot and next tokens while it is being decoded.
@@ -54,7 +52,6 @@ class Request:
         "num_prefilled",
         "params",
         "prompt_ids",
-        "prompt_logprobs",
         "row",
         "siblings",
         "stop_reason",
@@ -66,7 +63,7 @@ class Request:
     def __init__(
         self,
         prompt_ids: Sequence[int],
-        params: SamplingParams | None,
+        params: SamplingParams,
         *,
         tokenizer: Tokenizer,
         max_tokens: int,
@@ -80,7 +77,6 @@ class Request:
         self.num_prefilled = 0
         self.token_ids: list[int] = []
         self.tokens: list[SampledToken] = []
-        self.prompt_logprobs: list[float] = []
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.error: Exception | None = None
@@ -97,15 +93,9 @@ class Request:
         """Whether it ended, well or not."""
         return self.finish_reason is not None or self.error is not None
 
-    @property
-    def is_scoring(self) -> bool:
-        """Whether it only reads log-probabilities of its prompt."""
-        return self.params is None
-
     def prepare(self, *, eos_token_ids: Sequence[int], workspace: Workspace) -> None:
         """Builds sampler and detokenizer; done after the prefill, so that waiting requests stay small."""
         params = self.params
-        assert params is not None
         self._sampler = RequestSampler(
             params, self.prompt_ids, eos_token_ids=eos_token_ids, workspace=workspace, index=self.index
         )
@@ -143,7 +133,6 @@ class Request:
 
     def _end_at_token(self, token_id: int) -> None:
         params = self.params
-        assert params is not None
         is_named = token_id in (params.stop_token_ids or ())
         if is_named and params.include_stop_str_in_output:
             self._pieces.append(self._checker.put(self._detokenizer.put(token_id)))
@@ -160,28 +149,6 @@ class Request:
             reason, stop_reason = "stop", self._checker.match.stop
         self.finish_reason = reason
         self.stop_reason = stop_reason
-        self.finished_at = time.perf_counter()
-
-    def accept_prompt_logits(self, logits: Float32, workspace: Workspace) -> None:
-        """Scores the prompt tokens that follow those whose `logits` (n, V) these are.
-
-        Raises:
-            CheckpointError: the logits are not finite.
-        """
-        targets = self.prompt_ids[len(self.prompt_logprobs) + 1 :]
-        for row, target in zip(logits, targets, strict=False):
-            peak = row.max()
-            if not math.isfinite(peak):
-                raise CheckpointError(
-                    "the model produced logits that are not finite; its weights are damaged: "
-                    "fetch or convert them again"
-                )
-            total = log_sum_exp(row, peak, scratch=workspace.weights)
-            self.prompt_logprobs.append(float(row[target]) - total)
-
-    def finish_scoring(self) -> None:
-        """Ends a scoring request whose prompt is through."""
-        self.finish_reason = "length"
         self.finished_at = time.perf_counter()
 
     def fail(self, error: Exception | None) -> None:
@@ -222,7 +189,7 @@ class Request:
         )
 
     def _logprobs(self, start: int) -> tuple[dict[int, Logprob], ...] | None:
-        if self.params is None or self.params.logprobs is None:
+        if self.params.logprobs is None:
             return None
         text = self._tokenizer.token_text
         tables = []

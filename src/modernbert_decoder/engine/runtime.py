@@ -1,11 +1,12 @@
-"""One ONNX Runtime session and the cache it works on, with one verb: `step(rows)`.
+"""One ONNX Runtime session and its cache: `step(rows)` for slots, `read(piece)` for texts that are only read.
 
 A row is a slot and its new tokens: a whole prompt, a chunk of one, or a single token. `step` groups rows into
 as few session calls as pay: single tokens of neighbouring slots share a call, prompts share one when padding
-them to equal length costs little. Which tokens to feed is the scheduler's business, which token comes next
-the sampler's.
+them to equal length costs little. `read` is one call with keys and values that the caller keeps. Which tokens
+to feed is the scheduler's and the reader's business, which token comes next the sampler's.
 
-Legend: B rows of a call, S new tokens per row (right-padded), M logit rows, V vocabulary.
+Legend: B rows of a call, S new tokens per row (right-padded), M logit rows, N state rows, V vocabulary or
+labels, C model width.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any, Final
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from modernbert_decoder.architecture import DecoderArchitecture
-from modernbert_decoder.engine.kv_cache import KVCache, Slot
+from modernbert_decoder.architecture import DecoderArchitecture, Head
+from modernbert_decoder.engine.kv_cache import KVCache, Slot, SlotBuffer
 from modernbert_decoder.errors import InputError
 
 Float32 = NDArray[np.float32]
@@ -29,6 +30,11 @@ Float32 = NDArray[np.float32]
 _MAX_PADDING: Final = 0.15
 # Bound calls kept for reuse: one per number of decoding rows, in the steady state just one.
 _MAX_KEPT_CALLS: Final = 32
+_SPIN_MICROSECONDS: Final = "1000"
+CPU_PROVIDER: Final = "CPUExecutionProvider"
+
+Layers = Sequence[tuple[Float32, Float32]]
+"""Keys and values of every layer, (B, H, capacity, D) each."""
 
 
 @dataclass(slots=True)
@@ -38,6 +44,25 @@ class Row:
     slot: Slot
     token_ids: Sequence[int]
     num_logits: int = 1
+
+
+@dataclass(slots=True)
+class Piece:
+    """The next tokens of B texts that are read together, and what is wanted of them.
+
+    Attributes:
+        layers: their keys and values so far, of B rows; extended in place.
+        token_ids: the new tokens of each, at least one.
+        num_past: how many tokens of each `layers` holds already.
+        logit_positions: (M,) row * S + place, S being the most new tokens of a row.
+        state_positions: (N,) likewise.
+    """
+
+    layers: Layers
+    token_ids: Sequence[Sequence[int]]
+    num_past: Sequence[int] | NDArray[np.integer[Any]]
+    logit_positions: Sequence[int] = ()
+    state_positions: Sequence[int] = ()
 
 
 class Runtime:
@@ -77,7 +102,10 @@ class Runtime:
         self._session = _session(graph, list(weights), self._held, threads=threads, providers=providers)
         self._kept: dict[tuple[int, int], _Call] = {}
         # One row of logits per slot for all single-token calls; other calls bring rows of their own.
-        self._decode_logits = np.empty((num_slots, architecture.vocab_size), np.float32)
+        self._decode_logits = SlotBuffer(
+            (num_slots, architecture.vocab_size), slot_bytes=4 * architecture.vocab_size
+        ).array
+        self._no_states = np.empty((0, architecture.hidden_size), np.float32)
 
     def step(self, rows: Sequence[Row]) -> list[Float32]:
         """Feeds every row its tokens and returns its logits (num_logits, V), valid until the next step."""
@@ -92,12 +120,42 @@ class Runtime:
                 start += row.num_logits
         return [results[row.slot.index] for row in rows]
 
+    def read(self, piece: Piece, *, logits: Float32 | None = None) -> tuple[Float32, Float32]:
+        """Feeds the texts of a piece their tokens; returns logits (M, V) and states (N, C).
+
+        Args:
+            piece: what to read.
+            logits: memory for them, (M, V), instead of new one.
+        """
+        architecture = self.architecture
+        if logits is None:
+            logits = self.empty_logits(len(piece.logit_positions))
+        states = np.empty((len(piece.state_positions), architecture.hidden_size), np.float32)
+        shape = (len(piece.token_ids), max(map(len, piece.token_ids)))
+        has_logits = architecture.head is not Head.NONE
+        call = _Call(
+            self._session, piece.layers, shape=shape, logits=logits if has_logits else None, states=states
+        )
+        call.fill_piece(piece)
+        self._execute(call)
+        return logits, states
+
+    @property
+    def logit_width(self) -> int:
+        """The length of a row of logits: labels of a classifier, else the vocabulary."""
+        is_classifier = self.architecture.head is Head.SEQUENCE_CLASSIFICATION
+        return self.architecture.num_labels if is_classifier else self.architecture.vocab_size
+
+    def empty_logits(self, count: int) -> Float32:
+        """Memory for `count` rows of logits."""
+        return np.empty((count, self.logit_width), np.float32)
+
     def close(self) -> None:
         """Releases session, weights and cache; nothing can be run afterwards."""
         self._kept.clear()
         self._held.clear()
         del self._session, self._decode_logits
-        self.cache.layers.clear()
+        self.cache.close()
 
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows in slot order, cut where slots are not neighbours or padding would cost too much."""
@@ -125,14 +183,21 @@ class Runtime:
     def _run(self, rows: Sequence[Row]) -> Float32:
         first = rows[0].slot.index
         call = self._call(first, rows)
-        call.fill(rows)
+        if call.is_decode:
+            call.fill_tokens(rows)
+        else:
+            call.fill_rows(rows)
+        self._execute(call)
+        for row in rows:
+            row.slot.length += len(row.token_ids)
+        assert call.logits is not None, "rows with slots are for language models"
+        return call.logits
+
+    def _execute(self, call: _Call) -> None:
         started = time.perf_counter()
         self._session.run_with_iobinding(call.binding)
         self.network_seconds += time.perf_counter() - started
         self.num_calls += 1
-        for row in rows:
-            row.slot.length += len(row.token_ids)
-        return call.logits
 
     def _call(self, first: int, rows: Sequence[Row]) -> _Call:
         """Bindings for these rows; those of single-token calls are kept for the next step."""
@@ -145,9 +210,12 @@ class Runtime:
         if is_decode:
             logits = self._decode_logits[first : first + len(rows)]
         else:
-            # Kernels want at least one row: where none is asked for, one is computed and not given back.
-            logits = np.empty((max(1, num_logits), self.architecture.vocab_size), np.float32)
-        call = _Call(self._session, self.cache, logits, first=first, shape=(len(rows), longest, num_logits))
+            logits = np.empty((num_logits, self.architecture.vocab_size), np.float32)
+        layers = [
+            (keys[first : first + len(rows)], values[first : first + len(rows)])
+            for keys, values in self.cache.layers
+        ]
+        call = _Call(self._session, layers, shape=(len(rows), longest), logits=logits, states=self._no_states)
         if is_decode:
             if len(self._kept) == _MAX_KEPT_CALLS:
                 del self._kept[next(iter(self._kept))]
@@ -156,62 +224,81 @@ class Runtime:
 
 
 class _Call:
-    """Bindings of inputs, `logits` and caches for `shape` = (B, S, M) and B slots from `first` on."""
+    """Bindings of inputs, outputs and caches for `shape` = (B, S) tokens.
+
+    Attributes:
+        logits: (M, V), or None where the model has no head.
+        is_decode: whether every row brings one token and wants its logits.
+    """
 
     def __init__(
         self,
         session: onnxruntime.InferenceSession,
-        cache: KVCache,
-        logits: Float32,
+        layers: Layers,
         *,
-        first: int,
-        shape: tuple[int, int, int],
+        shape: tuple[int, int],
+        logits: Float32 | None,
+        states: Float32,
     ) -> None:
-        num_rows, longest, num_logits = shape
-        self.input_ids = np.zeros((num_rows, longest), np.int64)
+        num_rows, longest = shape
+        self.input_ids = np.zeros(shape, np.int64)
         self.last_positions = np.zeros(num_rows, np.int32)
         self.longest = np.zeros((), np.int32)
         self.query_lengths = np.ones(num_rows, np.int32)
-        self.logit_positions = np.zeros(len(logits), np.int64)
-        self.logits = logits[:num_logits]
-        self._is_decode = longest == 1 and num_logits == num_rows
-        if self._is_decode:
+        self.state_positions = np.zeros(len(states), np.int64)
+        self.logit_positions = np.zeros(0 if logits is None else len(logits), np.int64)
+        self.logits = logits
+        self.is_decode = longest == 1 and len(self.logit_positions) == num_rows and not len(states)
+        if self.is_decode:
             self.logit_positions[:] = range(num_rows)
         self.binding = session.io_binding()
-        self._bind_inputs()
-        self.binding.bind_ortvalue_output("logits", _value(logits))
-        for index, (keys, values) in enumerate(cache.layers):
-            for name, array in (("key", keys), ("value", values)):
-                value = _value(array[first : first + num_rows])
+        inputs = ["input_ids", "last_positions", "longest", "query_lengths", "state_positions"]
+        if logits is not None:
+            inputs.append("logit_positions")
+            self.binding.bind_ortvalue_output("logits", _value(logits))
+        self.binding.bind_ortvalue_output("states", _value(states))
+        for name in inputs:
+            self.binding.bind_ortvalue_input(name, _value(getattr(self, name)))
+        for index, layer in enumerate(layers):
+            for name, array in zip(("key", "value"), layer, strict=True):
+                value = _value(array)
                 self.binding.bind_ortvalue_input(f"past_{name}.{index}", value)
                 self.binding.bind_ortvalue_output(f"present_{name}.{index}", value)
 
-    def _bind_inputs(self) -> None:
-        for name in ("input_ids", "last_positions", "longest", "query_lengths", "logit_positions"):
-            self.binding.bind_ortvalue_input(name, _value(getattr(self, name)))
-
-    def fill(self, rows: Sequence[Row]) -> None:
-        """Writes what changes from step to step into the bound arrays."""
+    def fill_tokens(self, rows: Sequence[Row]) -> None:
+        """Writes what changes from one decode step to the next into the bound arrays."""
         longest = 0
-        if self._is_decode:
-            for i, row in enumerate(rows):
-                length = row.slot.length
-                self.input_ids[i, 0] = row.token_ids[0]
-                self.last_positions[i] = length
-                if length >= longest:
-                    longest = length + 1
-        else:
-            start, width = 0, self.input_ids.shape[1]
-            for i, row in enumerate(rows):
-                count = len(row.token_ids)
-                self.input_ids[i, :count] = row.token_ids
-                self.query_lengths[i] = count
-                self.last_positions[i] = row.slot.length + count - 1
-                longest = max(longest, row.slot.length + count, width)
-                end = i * width + count
-                self.logit_positions[start : start + row.num_logits] = range(end - row.num_logits, end)
-                start += row.num_logits
+        for i, row in enumerate(rows):
+            length = row.slot.length
+            self.input_ids[i, 0] = row.token_ids[0]
+            self.last_positions[i] = length
+            if length >= longest:
+                longest = length + 1
         self.longest[...] = longest
+
+    def fill_rows(self, rows: Sequence[Row]) -> None:
+        """Writes prompts, or chunks of them, into the bound arrays."""
+        self._fill([row.token_ids for row in rows], [row.slot.length for row in rows])
+        start, width = 0, self.input_ids.shape[1]
+        for i, row in enumerate(rows):
+            end = i * width + len(row.token_ids)
+            self.logit_positions[start : start + row.num_logits] = range(end - row.num_logits, end)
+            start += row.num_logits
+
+    def fill_piece(self, piece: Piece) -> None:
+        """Writes pieces of texts into the bound arrays."""
+        self._fill(piece.token_ids, piece.num_past)
+        self.state_positions[:] = piece.state_positions
+        if self.logits is not None:
+            self.logit_positions[:] = piece.logit_positions
+
+    def _fill(self, token_ids: Sequence[Sequence[int]], num_past: ArrayLike) -> None:
+        for i, ids in enumerate(token_ids):
+            self.input_ids[i, : len(ids)] = ids
+        self.query_lengths[:] = [len(ids) for ids in token_ids]
+        np.add(num_past, self.query_lengths, out=self.last_positions, casting="unsafe")
+        self.longest[...] = max(int(self.last_positions.max()), self.input_ids.shape[1])
+        self.last_positions -= 1
 
 
 def _value(array: NDArray[Any]) -> onnxruntime.OrtValue:
@@ -239,7 +326,25 @@ def _session(
     # The graph is built fused; the extended optimizations would only undo what was measured to be faster.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
-    # Threads spin within a call, not between calls: a second session or the sampler needs the processor.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Threads spin from one call to the next, which sampling does not delay for longer than this, and then
+    # sleep: an idle session takes no processor. By default they would spin for about 40 ms.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
     options.add_external_initializers(names, [_value(array) for array in arrays])
-    return onnxruntime.InferenceSession(graph, options, providers=list(providers))
+    try:
+        # Without the fallback, which prints a notice to standard output and goes on with the CPU.
+        session = onnxruntime.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
+    except Exception as error:  # each provider has exceptions of its own
+        if set(providers) <= {CPU_PROVIDER}:
+            raise
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"the model cannot be run with the execution providers {', '.join(providers)}: {first_line}; "
+            f"correct their installation, or use {CPU_PROVIDER}"
+        ) from error
+    unused = [name for name in providers if name not in session.get_providers()]
+    if unused:
+        raise InputError(
+            f"execution provider {unused[0]} is in this build of ONNX Runtime but cannot be started, for "
+            f"instance because its device or its libraries are missing; put that right, or use {CPU_PROVIDER}"
+        )
+    return session

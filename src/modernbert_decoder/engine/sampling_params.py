@@ -10,12 +10,16 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from modernbert_decoder.errors import InputError
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this one choose the most likely token, as in vLLM."""
+
+
+# Each takes memory before anything runs; a slip of the finger should not take all of it.
+_MAX_COMPLETIONS: Final = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +109,7 @@ class SamplingParams:
             raise InputError(
                 "top_p must be above 0 and at most 1, got 0; for greedy decoding set temperature to 0"
             )
-        self._set("n", _integer("n", self.n, 1))
+        self._set("n", _integer("n", self.n, 1, _MAX_COMPLETIONS))
         self._set("top_k", max(0, _integer("top_k", self.top_k, -1)))
         if self.seed is not None:
             self._set("seed", _integer("seed", self.seed, 0, 2**64 - 1))

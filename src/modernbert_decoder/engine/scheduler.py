@@ -17,9 +17,6 @@ from modernbert_decoder.engine.runtime import Row, Runtime
 from modernbert_decoder.engine.selection import Workspace
 from modernbert_decoder.errors import UserError
 
-# Positions scored in one call: each needs a row of vocabulary logits.
-_SCORED_POSITIONS = 128
-
 
 class Scheduler:
     """Runs requests on one runtime.
@@ -139,12 +136,8 @@ class Scheduler:
             row = request.row
             assert row is not None
             end = min(request.num_prefilled + budget, len(request.prompt_ids))
-            if request.is_scoring:
-                end = min(end, request.num_prefilled + _SCORED_POSITIONS)
             row.token_ids = request.prompt_ids[request.num_prefilled : end]
-            is_last = end == len(request.prompt_ids)
-            # A scored prompt needs every row but that of its last token, which comes with the others.
-            row.num_logits = len(row.token_ids) if request.is_scoring else int(is_last)
+            row.num_logits = int(end == len(request.prompt_ids))
             chosen.append((request, row))
             budget -= len(row.token_ids)
             if budget <= 0:
@@ -152,21 +145,8 @@ class Scheduler:
         results = self._runtime.step([row for _, row in chosen])
         for (request, row), logits in zip(chosen, results, strict=True):
             request.num_prefilled += len(row.token_ids)
-            if request.is_scoring:
-                self._score(request, logits)
-            elif request.num_prefilled == len(request.prompt_ids):
-                self._start_decoding(request, logits[0])
-
-    def _score(self, request: Request, logits: Float32) -> None:
-        try:
-            request.accept_prompt_logits(logits, self._workspace)
-        except UserError as error:
-            request.fail(error)
-        else:
             if request.num_prefilled == len(request.prompt_ids):
-                request.finish_scoring()
-        if request.is_finished:
-            self._retire(request)
+                self._start_decoding(request, logits[0])
 
     def _start_decoding(self, leader: Request, logits: Float32) -> None:
         """Moves a prefilled request, and as many siblings as find a slot, among the decoding ones."""
@@ -228,7 +208,7 @@ class Scheduler:
             self._rows[place] = self._rows[-1]
             self._decoding.pop()
             self._rows.pop()
-            row.slot.length = 0  # what it holds is not worth moving
+            self._cache.empty(row.slot)  # what it holds is not worth moving
             self._cache.swap(row.slot, len(self._decoding))
         self._cache.free(row.slot)
         request.row = None

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from modernbert_decoder.architecture import DecoderArchitecture, LayerKind
+from modernbert_decoder.architecture import DecoderArchitecture, Head, LayerKind
 from modernbert_decoder.atomic_files import WritingError
 from modernbert_decoder.checkpoint import (
     QUANTIZATION_KEY,
@@ -27,6 +27,7 @@ from modernbert_decoder.checkpoint import (
     write_folder,
     write_safetensors,
 )
+from modernbert_decoder.config_keys import load_config
 from modernbert_decoder.costs import EMBEDDING
 from modernbert_decoder.errors import CheckpointError, ConfigurationError, InputError, ModelNotFoundError
 from modernbert_decoder.quantization import (
@@ -54,22 +55,29 @@ OnMatrix = Callable[[str, PackedMatrix, NDArray[np.float32]], None]
 def resolve_scheme(
     checkpoint: Checkpoint, dtype: str | None, vocabulary_dtype: str | None
 ) -> QuantizationScheme:
-    """The scheme to run a checkpoint in: the one asked for, the folder's own, or int8.
+    """The scheme to run a checkpoint in: the one asked for, or int8; a packed folder has its own.
+
+    Of a packed folder `dtype` asks for the layers' format and `vocabulary_dtype` for that of the embedding
+    and vocabulary matrix; what is not asked for is as the folder has it.
 
     Raises:
-        InputError: a packed folder was asked for in another format than it holds.
+        InputError: an unknown name, or another format than a packed folder holds.
     """
-    if checkpoint.scheme is None:
-        return QuantizationScheme.named(dtype or "int8", vocabulary_dtype)
-    if dtype is None and vocabulary_dtype is None:
-        return checkpoint.scheme
     asked = QuantizationScheme.named(dtype or "int8", vocabulary_dtype)
-    if asked != checkpoint.scheme:
+    held = checkpoint.scheme
+    if held is None:
+        return asked
+    refused = []
+    if dtype is not None and not asked.body.is_like(held.body):
+        refused.append(f"dtype {dtype}")
+    if vocabulary_dtype is not None and not asked.vocabulary.is_like(held.vocabulary):
+        refused.append(f"vocabulary_dtype {vocabulary_dtype}")
+    if refused:
         raise InputError(
-            f"{checkpoint.folder} holds {checkpoint.scheme.name} weights and {asked.name} was asked for; "
-            "leave dtype out, or load the original checkpoint"
+            f"{checkpoint.folder} holds {held.name} weights and {' with '.join(refused)} was asked for; "
+            f"leave {'both' if len(refused) == 2 else 'it'} out, or load the original checkpoint"
         )
-    return asked
+    return held
 
 
 def load_weights(checkpoint: Checkpoint, scheme: QuantizationScheme, *, threads: int) -> Weights:
@@ -119,8 +127,7 @@ def quantize_checkpoint(
         raise InputError("float32 is not a quantized format; choose int8 or int4")
 
     def write(folder: Path) -> None:
-        config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-        config[QUANTIZATION_KEY] = scheme.to_dict()
+        config = {**load_config(checkpoint.folder / "config.json"), QUANTIZATION_KEY: scheme.to_dict()}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in _COMPANIONS:
             if (checkpoint.folder / name).is_file():
@@ -150,12 +157,22 @@ def pack_tensors(
 
 
 def rotary_tables(architecture: DecoderArchitecture, num_positions: int) -> dict[str, NDArray[np.float32]]:
-    """Initializer name -> cosine or sine table (num_positions, D / 2), one pair for each distinct RoPE."""
+    """Initializer name -> cosine or sine table (num_positions, D / 2), one pair for each distinct RoPE.
+
+    Raises:
+        InputError: they do not fit into memory.
+    """
     tables: dict[str, NDArray[np.float32]] = {}
     for kind in dict.fromkeys(architecture.layer_kinds):
         name = rotary_name(architecture, kind)
         if f"{name}.cos" not in tables:
-            cos, sin = architecture.rotary[kind].tables(num_positions, architecture.head_dim)
+            try:
+                cos, sin = architecture.rotary[kind].tables(num_positions, architecture.head_dim)
+            except MemoryError as error:
+                raise InputError(
+                    f"the rotary tables of {num_positions:,} positions do not fit into memory ({error}); "
+                    "lower max_context"
+                ) from error
             tables[f"{name}.cos"], tables[f"{name}.sin"] = cos, sin
     return tables
 
@@ -197,11 +214,19 @@ def _open_quietly(folder: Path) -> Checkpoint:
 
 
 def _initializers(checkpoint: Checkpoint, tensors: Mapping[str, NDArray[Any]]) -> Weights:
-    """Adds the embedding as a table of rows, and drops the view of it that an untied model does not use."""
-    weights = dict(tensors)
+    """The tensors as the graph declares them.
+
+    Bytes that stand for signed levels are seen as such; the embedding is added as a table of rows, and the
+    view of it dropped that only a tied head computes with.
+    """
+    weights = {
+        name: tensor.view(np.int8) if name.endswith(".data") and tensor.ndim == 2 else tensor
+        for name, tensor in tensors.items()
+    }
     data = f"{EMBEDDING}.data"
     if data in weights:
         weights[EMBEDDING_ROWS] = weights[data].reshape(len(weights[data]), -1)
-        if not checkpoint.architecture.tie_word_embeddings:
+        architecture = checkpoint.architecture
+        if architecture.head is not Head.CAUSAL_LM or not architecture.tie_word_embeddings:
             del weights[data]
     return weights

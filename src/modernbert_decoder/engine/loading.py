@@ -1,0 +1,72 @@
+"""From a checkpoint to a runtime: graph and weights in the scheme asked for, and the limits of the two.
+
+This module puts them together; it knows nothing of requests or texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from modernbert_decoder.architecture import DecoderArchitecture
+from modernbert_decoder.checkpoint import Checkpoint
+from modernbert_decoder.engine.graph_cache import cached_graph
+from modernbert_decoder.engine.prompts import checked_integer, is_integer
+from modernbert_decoder.engine.runtime import CPU_PROVIDER, Runtime
+from modernbert_decoder.engine.weights import load_weights, rotary_tables
+from modernbert_decoder.errors import InputError
+from modernbert_decoder.machine import MAX_THREADS
+from modernbert_decoder.quantization import QuantizationScheme
+
+
+def context_of(max_context: Any, architecture: DecoderArchitecture) -> int:
+    """The context asked for, or the model's own.
+
+    Raises:
+        InputError: more than the model has, or less than 2.
+    """
+    limit = architecture.max_position_embeddings
+    if max_context is None:
+        return limit
+    if not is_integer(max_context) or not 2 <= max_context <= limit:
+        raise InputError(f"max_context must be an integer from 2 to the model's {limit}, got {max_context!r}")
+    return int(max_context)
+
+
+def check_sizes(*, threads: Any, providers: Any, **sizes: Any) -> None:
+    """Checks the constructor's numbers and names.
+
+    Raises:
+        InputError: one that cannot be used.
+    """
+    for name, value in sizes.items():
+        checked_integer(name, value, 1)
+    if threads is not None and checked_integer("threads", threads, 1) > MAX_THREADS:
+        raise InputError(f"threads must be at most {MAX_THREADS}, got {threads}")
+    is_list = isinstance(providers, Sequence) and not isinstance(providers, str)
+    if providers is not None and not (is_list and all(isinstance(name, str) for name in providers)):
+        raise InputError(f"providers must be a list of names such as {[CPU_PROVIDER]}, got {providers!r}")
+
+
+def open_runtime(
+    checkpoint: Checkpoint,
+    scheme: QuantizationScheme,
+    *,
+    num_slots: int,
+    context_length: int,
+    threads: int,
+    providers: Sequence[str] | None,
+) -> Runtime:
+    """A runtime on the checkpoint's weights, taken from the cache folder or put there."""
+    architecture = checkpoint.architecture
+    graph = cached_graph(architecture, scheme, num_positions=context_length)
+    weights = load_weights(checkpoint, scheme, threads=threads)
+    return Runtime(
+        architecture,
+        graph,
+        {**weights, **rotary_tables(architecture, context_length)},
+        num_slots=num_slots,
+        context_length=context_length,
+        threads=threads,
+        providers=tuple(providers or (CPU_PROVIDER,)),
+    )

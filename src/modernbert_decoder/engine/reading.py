@@ -1,0 +1,365 @@
+"""Texts that are only read: any number of them, in batches of like length, results in the order of the texts.
+
+A job says which positions of a text it wants logits or states of and what to make of them; the reader takes
+texts ahead (boundedly), sorts them by length, feeds them in batches within a token budget, long ones piece by
+piece, and restores the order. Reading needs no slots: it shares with running requests only the turn to
+compute. This module knows nothing of tokenizers, labels or scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
+
+import numpy as np
+
+from modernbert_decoder.engine.kv_cache import Float32
+from modernbert_decoder.engine.outputs import TextError
+from modernbert_decoder.engine.reading_cache import Layers, ReadingCache
+from modernbert_decoder.engine.runtime import Piece, Runtime
+
+Text = TypeVar("Text")
+Text_contra = TypeVar("Text_contra", contravariant=True)
+Prepared = TypeVar("Prepared", bound="Item")
+AnyPassage = TypeVar("AnyPassage", bound="Passage")
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+# A window of texts is read ahead and sorted: about this many batches of them.
+_BATCHES_AHEAD: Final = 16
+_BYTES_PER_TOKEN: Final = 4
+# Most new tokens of one text in one call: attention over a piece costs its square, in sliding layers too.
+_PIECE_TOKENS: Final = 256
+# Where several long texts share a call, their pieces may be as short as this.
+_SHARED_PIECE_TOKENS: Final = 128
+# A batch is cut where padding would exceed this share of its tokens and what a call of its own costs.
+_MAX_PADDING: Final = 0.1
+_CALL_TOKENS: Final = 24
+# Tokens of the shortest texts that fill a batch: shorter ones would need more rings than that.
+_TOKENS_PER_RING: Final = 8
+# Logits of one call: larger ones leave every cache of the processor before they are looked at.
+_LOGIT_BYTES: Final = 26 << 20
+# An idle cache is kept for the next job unless it has grown beyond this many positions.
+_KEPT_POSITIONS: Final = 4096
+
+
+class Passage:
+    """Tokens to feed, and which positions are wanted of them.
+
+    Attributes:
+        wanted: first position wanted, and the one behind the last.
+        rows: what came of those positions, as the job stores it.
+    """
+
+    __slots__ = ("_begin", "_end", "_lead", "_source", "num_tokens", "rows", "wanted")
+
+    def __init__(
+        self,
+        source: Sequence[int],
+        *,
+        wanted: tuple[int, int],
+        part: tuple[int, int] | None = None,
+        lead: Sequence[int] = (),
+    ) -> None:
+        """`lead` and then `source`, or its `part` from one place to another, which is not copied here."""
+        self._source = source
+        self._lead = lead
+        self._begin, self._end = (0, len(source)) if part is None else part
+        self.num_tokens = len(lead) + self._end - self._begin
+        self.wanted = wanted
+        self.rows: Any = None
+
+    @property
+    def passages(self) -> Sequence[Passage]:
+        """Itself: most items are one passage."""
+        return (self,)
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The tokens."""
+        if not self._lead and self._end - self._begin == len(self._source):
+            return self._source
+        return [*self._lead, *self._source[self._begin : self._end]]
+
+    def span(self, start: int, width: int) -> tuple[int, int]:
+        """The wanted positions among `width` from `start` on: the first, and the one behind the last."""
+        first, end = self.wanted
+        return max(first, start), min(end, start + width)
+
+
+class Run:
+    """One job's calls of the network, with keys and values of its own.
+
+    Attributes:
+        cache: of the passages that are fed from their first token.
+    """
+
+    def __init__(self, reader: Reader, cache: ReadingCache, *, wants_logits: bool) -> None:
+        self.cache = cache
+        self.max_batch_tokens = reader.max_batch_tokens
+        self._max_wanted = reader.max_logit_rows if wants_logits else self.max_batch_tokens
+        self._reader = reader
+        self._wants_logits = wants_logits
+        self._logits: Float32 | None = None
+        self._branches: ReadingCache | None = None
+
+    def read(
+        self,
+        passages: Sequence[Passage],
+        accept: Callable[[Passage, int, Float32], None],
+        *,
+        layers: Layers | None = None,
+        num_past: Sequence[int] | None = None,
+    ) -> Layers:
+        """Feeds passages together, the longest first in their order, and hands on what is wanted.
+
+        Args:
+            passages: no more than fit one batch.
+            accept: is given a passage, a position and the logits or states (n, V or C) from there on; they
+                are overwritten later.
+            layers: keys and values of earlier tokens, for passages that continue such.
+            num_past: how many of those there are for each passage.
+
+        Returns:
+            The keys and values, until the next call that is not given them.
+        """
+        longest = passages[0].num_tokens
+        if layers is None:
+            layers = self.cache.layers(len(passages), longest)
+        past = np.zeros(len(passages), np.int64) if num_past is None else np.array(num_past)
+        token_ids = [passage.ids for passage in passages]
+        start, num_active = 0, len(passages)
+        while start < longest:
+            while passages[num_active - 1].num_tokens <= start:
+                num_active -= 1
+            width = self._width(passages[:num_active], start)
+            fed = [ids[start : start + width] for ids in token_ids[:num_active]]
+            cut = [(keys[:num_active], values[:num_active]) for keys, values in layers]
+            self._feed(Piece(cut, fed, past[:num_active] + start), passages, start, width, accept)
+            start += width
+        return layers
+
+    def branches(self) -> ReadingCache:
+        """A second cache, for passages that continue those in the first."""
+        if self._branches is None:
+            self._branches = self._reader.new_cache()
+        return self._branches
+
+    def _width(self, passages: Sequence[Passage], start: int) -> int:
+        """How many tokens of each to feed next: within the budget of tokens and that of logits."""
+        width = min(
+            passages[0].num_tokens - start, max(1, self.max_batch_tokens // len(passages)), _PIECE_TOKENS
+        )
+        while width > 1:
+            spans = (passage.span(start, width) for passage in passages)
+            num_wanted = sum(end - first for first, end in spans if first < end)
+            if num_wanted <= self._max_wanted:
+                break
+            width = max(1, min(width - 1, width * self._max_wanted // num_wanted))
+        return width
+
+    def _feed(
+        self,
+        piece: Piece,
+        passages: Sequence[Passage],
+        start: int,
+        width: int,
+        accept: Callable[[Passage, int, Float32], None],
+    ) -> None:
+        spans: list[tuple[Passage, int, int]] = []
+        positions: list[int] = []
+        for i in range(len(piece.token_ids)):
+            passage = passages[i]
+            first, end = passage.span(start, width)
+            if first < end:
+                spans.append((passage, first, end - first))
+                positions.extend(range(i * width + first - start, i * width + end - start))
+        if self._wants_logits:
+            piece.logit_positions = positions
+        else:
+            piece.state_positions = positions
+        logits, states = self._reader.compute(
+            partial(self._reader.runtime.read, piece, logits=self._logits_for(len(positions)))
+        )
+        rows = logits if self._wants_logits else states
+        offset = 0
+        for passage, first, count in spans:
+            accept(passage, first, rows[offset : offset + count])
+            offset += count
+
+    def _logits_for(self, count: int) -> Float32 | None:
+        """Memory for logits, one for all calls: that of a vocabulary takes longer to get than to fill."""
+        if not self._wants_logits:
+            return None
+        if self._logits is None or len(self._logits) < count:
+            self._logits = self._reader.runtime.empty_logits(count)
+        return self._logits[:count]
+
+
+class Item(Protocol):
+    """What a job keeps of one text."""
+
+    @property
+    def passages(self) -> Sequence[Passage]:
+        """What is to be fed for it."""
+
+
+class Job(Protocol[Text_contra, Prepared, Result_co]):
+    """What the reader asks of a job.
+
+    Attributes:
+        wants_logits: logits of the wanted positions, or else states.
+    """
+
+    wants_logits: bool
+
+    def prepare(self, texts: Sequence[Text_contra]) -> Sequence[Prepared | TextError]:
+        """An item for every text, or what is wrong with it."""
+
+    def process(self, passages: Sequence[Passage], run: Run) -> None:
+        """Reads one batch."""
+
+    def finish(self, items: Sequence[Prepared]) -> Sequence[Result_co]:
+        """The results of items whose passages are all read."""
+
+
+class Reader:
+    """Runs jobs, each with a cache of its own, on one runtime.
+
+    Args:
+        runtime: whose `read` is called.
+        compute: carries out a call when it is its turn.
+        max_batch_tokens: most tokens per call, padding included.
+        context_length: most tokens of a passage.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        compute: Callable[[Callable[[], tuple[Float32, Float32]]], tuple[Float32, Float32]],
+        *,
+        max_batch_tokens: int,
+        context_length: int,
+    ) -> None:
+        self.runtime = runtime
+        self.compute = compute
+        self.max_batch_tokens = max_batch_tokens
+        self.context_length = context_length
+        self.max_logit_rows = max(1, _LOGIT_BYTES // (4 * runtime.logit_width))
+        self._idle: list[ReadingCache] = []
+
+    def read(self, texts: Iterable[Text], job: Job[Text, Prepared, Result]) -> Iterator[Result | TextError]:
+        """The results, in the order of the texts; takes no more texts ahead than a few batches."""
+        with self._cache() as cache:
+            run = Run(self, cache, wants_logits=job.wants_logits)
+            for window in _windows(texts, num_tokens=_BATCHES_AHEAD * self.max_batch_tokens):
+                yield from self._read_window(window, job, run)
+
+    def _read_window(
+        self, texts: Sequence[Text], job: Job[Text, Prepared, Result], run: Run
+    ) -> Iterator[Result | TextError]:
+        prepared = job.prepare(texts)
+        items = [entry for entry in prepared if not isinstance(entry, TextError)]
+        passages = (passage for item in items for passage in item.passages)
+        for batch in batches(passages, run.cache, max_batch_tokens=self.max_batch_tokens):
+            job.process(batch, run)
+        results = iter(job.finish(items))
+        for entry in prepared:
+            yield entry if isinstance(entry, TextError) else next(results)
+
+    @contextmanager
+    def _cache(self) -> Iterator[ReadingCache]:
+        """A cache for one job; a small one is kept for the next."""
+        cache = self._idle.pop() if self._idle else self.new_cache()
+        try:
+            yield cache
+        finally:
+            if cache.peak_positions <= _KEPT_POSITIONS and not self._idle:
+                self._idle.append(cache)
+
+    def new_cache(self) -> ReadingCache:
+        """Memory for one batch, taken as it is written."""
+        return ReadingCache(
+            self.runtime.architecture,
+            num_positions=max(self.context_length, self.max_batch_tokens),
+            max_rows=max(1, self.max_batch_tokens // _TOKENS_PER_RING),
+        )
+
+    def close(self) -> None:
+        """Gives idle memory back."""
+        self._idle.clear()
+
+
+def batches(
+    passages: Iterable[AnyPassage], cache: ReadingCache, *, max_batch_tokens: int, num_past: int = 0
+) -> Iterator[list[AnyPassage]]:
+    """Passages sorted by length, the longest first, cut where budget, cache or padding say so.
+
+    Args:
+        passages: to read.
+        cache: that they are read into.
+        max_batch_tokens: most tokens of a call, padding included.
+        num_past: most tokens that the cache holds of any of them already.
+    """
+    batch: list[AnyPassage] = []
+    num_tokens = 0
+    for passage in sorted(passages, key=lambda passage: -passage.num_tokens):
+        if batch:
+            longest, count = batch[0].num_tokens, len(batch) + 1
+            num_padded = longest * count
+            fits = (
+                min(longest, _SHARED_PIECE_TOKENS) * count <= max_batch_tokens
+                and (num_past + longest) * count <= cache.num_positions
+                and count <= cache.max_rows
+            )
+            pays = num_padded <= (1 + _MAX_PADDING) * (num_tokens + passage.num_tokens) + _CALL_TOKENS
+            if not (fits and pays):
+                yield batch
+                batch, num_tokens = [], 0
+        batch.append(passage)
+        num_tokens += passage.num_tokens
+    if batch:
+        yield batch
+
+
+def _windows(texts: Iterable[Text], *, num_tokens: int) -> Iterator[list[Text]]:
+    """Texts in groups of about `num_tokens`, judged by their length; one at least.
+
+    An exception of the iterable comes behind the texts that it gave before.
+    """
+    iterator = iter(texts)
+    while True:
+        window: list[Text] = []
+        failure: Exception | None = None
+        room = num_tokens
+        try:
+            while room > 0:
+                text = next(iterator)
+                window.append(text)
+                room -= 2 + _num_bytes(text) // _BYTES_PER_TOKEN
+        except StopIteration:
+            if window:
+                yield window
+            return
+        except Exception as error:
+            failure = error
+        if window:
+            yield window
+        if failure is not None:
+            raise failure
+
+
+def _num_bytes(text: object) -> int:
+    """About how much there is to read; what is no text is small, too: it becomes an error."""
+    if isinstance(text, str):
+        return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    if isinstance(text, tuple | list):
+        if len(text) == 2 and isinstance(text[1], tuple | list):  # each candidate is read behind the text
+            return len(text[1]) * _num_bytes(text[0]) + _num_bytes(text[1])
+        return sum(
+            _BYTES_PER_TOKEN + _num_bytes(item) if isinstance(item, str) else _BYTES_PER_TOKEN
+            for item in text
+        )
+    return _BYTES_PER_TOKEN * len(text) if hasattr(text, "__len__") else _BYTES_PER_TOKEN
