@@ -18,7 +18,7 @@ import modernbert_decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / "build" / "env" / "base"
-WINGS = ("pytorch", "training", "serving", "evaluation", "pipelines")
+WINGS = ("pytorch", "training", "serving", "evaluation")
 
 IMPORT_EVERYTHING = f"""
 import importlib, json, pkgutil, sys

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from modernbert_decoder import __version__
-from modernbert_decoder.cli import bench, main
+from modernbert_decoder import __version__, machine
+from modernbert_decoder.cli import bench, completion_options, main
 from modernbert_decoder.cli.application import COMMANDS
 from modernbert_decoder.cli.interrupts import interrupts_deferred
+from pipeline_checkpoints import CLASSIFIER, write_with_tokenizer
 
 PROMPT = "Once upon a time"
 MBD = (sys.executable, "-m", "modernbert_decoder.cli")
@@ -202,6 +203,39 @@ def test_run_equals_generate_on_every_spelling_of_the_cpu(
     assert output(capsys, "run", "--device", device, *options) == output(capsys, "generate", *options)
 
 
+def test_run_labels_lines_of_standard_input_one_json_value_a_line() -> None:
+    options = (
+        "run",
+        "--task",
+        "zero-shot-classification",
+        "--candidate-labels",
+        "animals, the sea",
+        "--threads",
+        "1",
+    )
+    done = run(*options, stdin=b"The fox ran home.\r\n\nA ship.")
+    assert (done.returncode, done.stderr) == (0, b"")
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["sequence"] for result in results] == ["The fox ran home.", "", "A ship."]
+    assert all(sorted(result["labels"]) == ["animals", "the sea"] for result in results)
+    alone = run(*options, "The fox ran home.")
+    assert json.loads(alone.stdout)["labels"] == results[0]["labels"]
+    assert json.loads(alone.stdout)["scores"] == pytest.approx(results[0]["scores"], abs=1e-3)
+
+
+def test_run_classifies_and_extracts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_with_tokenizer(tmp_path / "m", head=CLASSIFIER, id2label={0: "bad", 1: "good"})
+    options = ("run", "--model", str(folder), "--dtype", "float32", "--task")
+    best = json.loads(output(capsys, *options, "text-classification", "Hello"))
+    every = json.loads(output(capsys, *options, "text-classification", "--top-k", "2", "Hello"))
+    assert best == every[0]
+    assert sum(entry["score"] for entry in every) == pytest.approx(1)
+    raw = json.loads(output(capsys, *options, "text-classification", "--function-to-apply", "none", "Hello"))
+    assert raw != best
+    states = json.loads(output(capsys, *options, "feature-extraction", "--truncation", "word " * 3000))
+    assert (len(states), len(states[0]), len(states[0][0])) == (1, 1024, 64)
+
+
 # info, quantize, bench
 
 
@@ -286,6 +320,34 @@ def test_bench_runs_a_released_size_with_random_weights(capsys: pytest.CaptureFi
 
 
 # The command itself
+
+
+def test_cache_shows_what_a_start_left_behind_and_clears_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MBD_CACHE", str(folder))
+    assert main(["cache"]) == 0
+    assert capsys.readouterr().out.startswith(f"{folder}\n")
+    assert main(["generate", "--max-tokens", "1", "The old king"]) == 0
+    (folder / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert main(["cache", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    stored = {
+        name: sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
+        for name in ("packed", "graphs")
+    }
+    assert report == {"folder": str(folder), "bytes": stored, "cleared": False}
+    assert min(stored.values()) > 0
+    assert main(["cache", "--clear"]) == 0
+    assert "now empty" in capsys.readouterr().out
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["notes.txt"]
+    assert main(["generate", "--max-tokens", "1", "The old king"]) == 0
+
+
+def test_the_command_line_knows_the_limit_of_threads() -> None:
+    assert completion_options.MAX_THREADS == machine.MAX_THREADS
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
 """`mbd` itself: finds the command, and gives every way to end an exit code and a plain message.
 
-Exit codes: 0 success; 1 a defect of this package (with its traceback); 2 a mistake of the user's; 130 Ctrl-C;
-141 the reader of our output is gone. It knows nothing of models: a command's file is imported when it runs.
+Exit codes: 0 success; 1 a defect of this package (with its traceback); 2 a mistake of the user's; 3 a job on
+many texts is done, but some of them could not be used; 130 Ctrl-C; 141 the reader of our output is gone. It
+knows nothing of models: a command's file is imported when it runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,19 @@ from modernbert_decoder.cli.output import OutputError
 from modernbert_decoder.errors import UserError
 
 # Each is a module beside this one that defines `command`.
-COMMANDS: Final = ("generate", "run", "info", "quantize", "convert", "bench")
+COMMANDS: Final = (
+    "generate",
+    "run",
+    "classify",
+    "score",
+    "embed",
+    "rank",
+    "info",
+    "quantize",
+    "convert",
+    "cache",
+    "bench",
+)
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 128 + 2  # what a shell reports for a process that SIGINT ended

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from modernbert_decoder.cli.completion_options import DTYPES, revision_option, threads_option
+from modernbert_decoder.cli.completion_options import BLOCK_DTYPES, revision_option, threads_option
 from modernbert_decoder.cli.interrupts import interrupts_deferred
 from modernbert_decoder.cli.output import bytes_text, count_text, rate_text, write, write_json, write_table
 from modernbert_decoder.errors import InputError
@@ -69,7 +69,7 @@ class Measurement:
     "--size", type=click.Choice(_SIZES), help="A released size with random weights, instead of MODEL."
 )
 @click.option(
-    "--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="Only this format (repeatable)."
+    "--dtype", "dtypes", type=click.Choice(BLOCK_DTYPES), multiple=True, help="Only this format (repeatable)."
 )
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -127,7 +127,7 @@ def _stored_subject(model: str, revision: str | None, dtypes: Sequence[str], *, 
             f"{model} has a context of {architecture.max_position_embeddings} tokens; the benchmark needs "
             f"{PROMPT_TOKENS + DECODE_TOKENS}"
         )
-    wanted = dtypes or ((None,) if checkpoint.scheme else DTYPES)
+    wanted = dtypes or ((None,) if checkpoint.scheme else BLOCK_DTYPES)
     schemes = [resolve_scheme(checkpoint, dtype, None) for dtype in wanted]
     return Subject(
         model, architecture, schemes, lambda scheme: load_weights(checkpoint, scheme, threads=threads)
@@ -139,7 +139,7 @@ def _random_subject(size: str, dtypes: Sequence[str]) -> Subject:
     from modernbert_decoder.quantization import QuantizationScheme
 
     architecture = released_architecture(size)
-    schemes = [QuantizationScheme.named(dtype) for dtype in dtypes or DTYPES]
+    schemes = [QuantizationScheme.named(dtype) for dtype in dtypes or BLOCK_DTYPES]
     name = f"{size} with random weights"
     return Subject(name, architecture, schemes, lambda scheme: random_weights(architecture, scheme))
 
@@ -156,7 +156,7 @@ def random_weights(architecture: DecoderArchitecture, scheme: QuantizationScheme
     levels = generator.integers(0, 256, 1 << 20, np.uint8)
     weights: Weights = {}
     for name, shape in scheme.packed_shapes(architecture).items():
-        if name.endswith((".data", ".zero_points")):
+        if name.endswith(".data"):
             weights[name] = np.resize(levels, shape)
         elif name.endswith(".scales"):
             weights[name] = np.full(shape, 2e-4, np.float32)

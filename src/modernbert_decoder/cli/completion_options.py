@@ -14,7 +14,9 @@ import click
 if TYPE_CHECKING:
     from modernbert_decoder.engine.sampling_params import SamplingParams
 
-DTYPES: Final = ("float32", "int8", "int4")
+BLOCK_DTYPES: Final = ("float32", "int8", "int4")
+DTYPES: Final = (*BLOCK_DTYPES, "w8a8")
+MAX_THREADS: Final = 1024  # as in machine.py, which takes longer to import than the help may take
 FILL_CONTEXT: Final = "context"
 
 
@@ -93,7 +95,7 @@ def vocabulary_dtype_option(function: Callable[..., None]) -> Callable[..., None
     """`--vocabulary-dtype`."""
     return click.option(
         "--vocabulary-dtype",
-        type=click.Choice(DTYPES),
+        type=click.Choice(BLOCK_DTYPES),
         help="Another format for the embedding and vocabulary matrix; by default int8 with --dtype int4.",
     )(function)
 
@@ -101,7 +103,9 @@ def vocabulary_dtype_option(function: Callable[..., None]) -> Callable[..., None
 def threads_option(function: Callable[..., None]) -> Callable[..., None]:
     """`--threads`."""
     return click.option(
-        "--threads", type=click.IntRange(min=1), help="Threads.  [default: the processors we may use]"
+        "--threads",
+        type=click.IntRange(min=1, max=MAX_THREADS),
+        help="Threads.  [default: the processors we may use]",
     )(function)
 
 

@@ -35,6 +35,23 @@ def write(text: str) -> None:
         raise OutputError(f"cannot write to standard output: {error.strerror}") from error
 
 
+def write_bytes(data: bytes) -> None:
+    """Puts data on standard output without delay, whatever the encoding of text there.
+
+    Raises:
+        BrokenPipeError, OutputError: as `write`.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write to standard output: {error.strerror}") from error
+
+
 def write_json(value: Mapping[str, Any]) -> None:
     """Puts one JSON object on one line, in ASCII, so that every encoding carries it."""
     write(json.dumps(value, allow_nan=False) + "\n")

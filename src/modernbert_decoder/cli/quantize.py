@@ -1,4 +1,4 @@
-"""`mbd quantize`: write a checkpoint with int8 or int4 weights, and say what that costs in accuracy."""
+"""`mbd quantize`: write a checkpoint with int8, int4 or w8a8 weights, and say what that costs in accuracy."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ class MatrixReport:
     relative_error: float
 
 
-@click.command("quantize", short_help="Write a model with int8 or int4 weights.")
+@click.command("quantize", short_help="Write a model with quantized weights.")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["int8", "int4"]), required=True, help="Format of the weights.")
+@click.option(
+    "--dtype", type=click.Choice(["int8", "int4", "w8a8"]), required=True, help="Format of the weights."
+)
 @vocabulary_dtype_option
 @revision_option
 @threads_option

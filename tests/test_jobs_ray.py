@@ -1,0 +1,135 @@
+"""Ray's workers, one engine each, write what one process writes; two of them run on this machine."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.data")
+
+from modernbert_decoder.errors import InputError  # noqa: E402
+from modernbert_decoder.jobs import inputs as inputs_module  # noqa: E402
+from modernbert_decoder.jobs.inputs import Columns, Inputs  # noqa: E402
+from modernbert_decoder.jobs.job import EngineOptions, Job, Listeners, run_to_file  # noqa: E402
+from modernbert_decoder.jobs.map_over_files import map_files  # noqa: E402
+from modernbert_decoder.jobs.ray_workers import RayOptions, compute_with_ray, shares  # noqa: E402
+from modernbert_decoder.jobs.tasks import Classify, ScoreTexts  # noqa: E402
+
+TWO_WORKERS = RayOptions(workers=2, threads=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One small cluster for all tests of this file; a job that finds it running leaves it running."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ten blocks over two files named relative to the working folder, with rows that cannot be used."""
+    monkeypatch.setattr(inputs_module, "BLOCK_ROWS", 30)
+    monkeypatch.chdir(tmp_path)
+    lines = [f"The king had {row} sons." for row in range(200)]
+    lines[17] = "\udcff"
+    Path("a.txt").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    Path("b.csv").write_text("text,id\n" + "".join(f"Queen {row},{row}\n" for row in range(80)) + "bad\n")
+    return ["a.txt", "b.csv"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_workers_write_what_one_process_writes(files: list[str]) -> None:
+    engine = EngineOptions(model="storyteller", threads=1)
+    alone = map_files(ScoreTexts(), files, "alone.jsonl", model=engine, columns=Columns(keep=("*",)))
+    columns = Columns(keep=("*",))
+    shared = map_files(ScoreTexts(), files, "shared.jsonl", model=engine, columns=columns, ray=TWO_WORKERS)
+    assert (shared.num_rows, shared.num_errors) == (alone.num_rows, alone.num_errors) == (281, 2)
+    assert Path("shared.jsonl").read_bytes() == Path("alone.jsonl").read_bytes()
+    assert ray.is_initialized()
+
+    # A job that was begun by one process and killed is continued by two workers.
+    inputs = Inputs(files=tuple(files), columns=columns)
+    job = Job(task=ScoreTexts(), inputs=inputs, engine=engine)
+    num_calls = 0
+
+    def on_rows(num_rows: int, share: float | None) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 4:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run_to_file(job, Path("mixed.jsonl"), format="jsonl", listeners=Listeners(on_rows=on_rows))
+
+    def compute(start, digest):  # type: ignore[no-untyped-def]
+        return compute_with_ray(job, TWO_WORKERS, start, digest)
+
+    mixed = run_to_file(job, Path("mixed.jsonl"), format="jsonl", compute=compute)
+    assert (mixed.num_rows, mixed.num_computed) == (281, 281 - 90)
+    assert Path("mixed.jsonl").read_bytes() == Path("alone.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_worker_cannot_do_is_the_users_error(files: list[str]) -> None:
+    with pytest.raises(InputError, match=r"a worker cannot go on: storyteller.*cannot classify"):
+        map_files(Classify(), files, "out.csv", model="storyteller", ray=TWO_WORKERS)
+
+
+def test_an_address_where_nobody_listens_is_told_at_once(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        options = RayOptions(address=address)
+        with pytest.raises(InputError, match=f"no Ray cluster can be reached at {address}"):
+            map_files(ScoreTexts(), files, "out.csv", model="storyteller", ray=options)
+
+
+def test_standard_input_is_refused() -> None:
+    job = Job(task=ScoreTexts(), inputs=Inputs(files=("-",)), engine=EngineOptions(model="storyteller"))
+    with pytest.raises(InputError, match="cannot read standard input"):
+        next(compute_with_ray(job, TWO_WORKERS, None, None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "nodes", "expected"),
+    [
+        (None, None, [4, 4], (8, 1)),
+        (None, 3, [4, 8, 0], (3, 3)),
+        (2, None, [4, 4, 4, 4], (2, 4)),  # not 8 CPUs, which no node has
+        (3, None, [8, 2], (3, 2)),
+        (2, None, [8, 2], (2, 4)),
+        (2, 1, [2], (2, 1)),
+        (50, None, [2, 2], (4, 1)),  # there are no more blocks than 4
+    ],
+)
+def test_every_worker_has_its_cpus_on_one_node(
+    workers: int | None, threads: int | None, nodes: list[int], expected: tuple[int, int]
+) -> None:
+    num_blocks = 4 if workers == 50 else 100
+    assert shares(RayOptions(workers=workers, threads=threads), nodes, num_blocks=num_blocks) == expected
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "nodes"), [(None, 5, [4, 4]), (2, 3, [4]), (3, None, [2]), (1, None, [])]
+)
+def test_workers_without_room_are_refused_instead_of_waited_for(
+    workers: int | None, threads: int | None, nodes: list[int]
+) -> None:
+    with pytest.raises(InputError, match=r"room for \d workers of \d threads.*fewer --workers or --threads"):
+        shares(RayOptions(workers=workers, threads=threads), nodes, num_blocks=100)
+
+
+def test_two_numbers_of_threads_are_refused() -> None:
+    engine = EngineOptions(model="storyteller", threads=2)
+    job = Job(task=ScoreTexts(), inputs=Inputs(files=("a.txt",)), engine=engine)
+    with pytest.raises(InputError, match="1 threads and EngineOptions 2; state them once"):
+        next(compute_with_ray(job, TWO_WORKERS, None, None))  # type: ignore[arg-type]
