@@ -10,7 +10,7 @@ import types
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.cache_bytes import CacheBytes
 from benchmarks.peers import Absent
@@ -20,6 +20,8 @@ from benchmarks.step_overhead import Overhead
 from benchmarks.summary import Comparison, Row, Spread
 
 FORMAT = 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,17 @@ def load(path: Path) -> Results:
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored.get("format") != FORMAT:
         raise ValueError(f"{path.name} has format {stored.get('format')!r}, this version reads {FORMAT}")
-    value = _build(Results, stored, "results")
-    assert isinstance(value, Results)
+    return from_json(Results, stored)
+
+
+def from_json(kind: type[T], stored: Any) -> T:
+    """A dataclass from what `json.dumps(asdict(...))` made of it.
+
+    Raises:
+        ValueError: fields are missing or unknown.
+    """
+    value = _build(kind, stored, "results")
+    assert isinstance(value, kind)
     return value
 
 

@@ -1,0 +1,50 @@
+"""transformers' own text-classification pipeline as a worker, float32, at whichever batch size is best.
+
+It must not import the package: the peer is upstream's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.protocol import reset_peak_memory, serve
+
+
+class PipelineWorker:
+    """One loaded pipeline."""
+
+    def load(self, *, model: str, variant: str, threads: int) -> Mapping[str, Any]:
+        """Load a checkpoint folder in float32."""
+        import torch
+        import transformers
+
+        assert variant == "float32"
+        torch.set_num_threads(threads)
+        self.pipeline: Any = transformers.pipeline(
+            "text-classification", model=model, device="cpu", dtype=torch.float32
+        )
+        return {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+
+    def classify(self, *, texts: str, batch_size: int) -> Mapping[str, Any]:
+        """Seconds for all texts of a JSON file, and the labels they got."""
+        listed = json.loads(Path(texts).read_text(encoding="utf-8"))
+        reset_peak_memory()
+        start = time.perf_counter()
+        outputs = self.pipeline(listed, batch_size=batch_size)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "labels": [output["label"] for output in outputs]}
+
+    def best_batch_size(self, *, texts: str, sizes: Sequence[int]) -> Mapping[str, Any]:
+        """The batch size that classifies these texts fastest, each tried once after a warm-up."""
+        self.classify(texts=texts, batch_size=sizes[0])
+        seconds = {size: self.classify(texts=texts, batch_size=size)["seconds"] for size in sizes}
+        return {"batch_size": min(seconds, key=seconds.__getitem__), "seconds": seconds}
+
+
+if __name__ == "__main__":
+    worker = PipelineWorker()
+    serve({"load": worker.load, "classify": worker.classify, "best_batch_size": worker.best_batch_size})
