@@ -222,6 +222,7 @@ def test_an_abandoned_stream_collected_in_the_midst_of_a_step_does_no_harm(
     llm = LLM(tiny_folder, dtype="float32", threads=1, max_context=50, max_slots=4)
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     expected = generated(llm, [CLS, 5], params)
+    gc.freeze()  # what other tests left in memory would make every collection long
     forgotten: list[Any] = [llm.stream([CLS, 7], params)]
     next(forgotten[0])
     forgotten.append(forgotten)  # a cycle: only the collector frees it
@@ -234,7 +235,10 @@ def test_an_abandoned_stream_collected_in_the_midst_of_a_step_does_no_harm(
         return results
 
     monkeypatch.setattr(llm._runtime, "step", collecting)
-    assert within_reason(lambda: generated(llm, [CLS, 5], params)) == expected
+    try:
+        assert within_reason(lambda: generated(llm, [CLS, 5], params)) == expected
+    finally:
+        gc.unfreeze()
     assert_all_free(llm)
     llm.close()  # only here: after a deadlock it would wait for the lock as well
 

@@ -5,6 +5,7 @@ The reference's tokenizer of text generation feeds `[CLS] text` without `[SEP]`,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -228,10 +229,12 @@ def test_the_torch_wing_runs_the_bundled_model_by_name() -> None:
 
 
 def test_the_torch_wing_warns_of_a_classifier_that_is_not_trained(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_with_tokenizer(tmp_path / "m")
-    wing: Any = pipeline("text-classification", folder, engine="torch")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        wing: Any = pipeline("text-classification", folder, engine="torch")
     assert "classifier.weight" in caplog.text
     assert "newly initialized" in caplog.text
     assert wing("Hello")[0]["label"].startswith("LABEL_")

@@ -157,6 +157,9 @@ def test_a_classifier_can_start_from_the_head_of_a_language_model(tmp_path: Path
     assert set(info["missing_keys"]) == {"classifier.weight"}
     assert reused.classifier.weight.shape == (4, 32)
     assert not torch.equal(load(tmp_path / "lm").head.dense.weight, model.lm_head.dense.weight)
+    reused.save_pretrained(tmp_path / "classifier")
+    again = load(tmp_path / "classifier")
+    assert all(torch.equal(value, reused.state_dict()[name]) for name, value in again.state_dict().items())
     model.model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="has no lm_head to start from"):
         load(tmp_path / "bare", reuse_lm_head=True)

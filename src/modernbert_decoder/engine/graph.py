@@ -8,8 +8,7 @@ Legend: B rows, S new tokens per row (right-padded), M positions with logits, N 
 width, C model width, V vocabulary or labels, P cache capacity of a full layer, R of a sliding layer.
 
 The rows of a call are dense (B, S) rather than packed: packing the valid tokens needs two gathers per layer,
-which cost 17 % of a decode step at 17m, while the scheduler calls decode rows and prompt chunks separately
-(docs/design.md).
+while the scheduler calls decode rows and prompt chunks separately (docs/design.md).
 """
 
 from __future__ import annotations

@@ -78,6 +78,9 @@ class ModernBertDecoderForSequenceClassification(  # type: ignore[no-untyped-cal
                 f"{pretrained_model_name_or_path} has no lm_head to start from: {', '.join(missing)} would "
                 "be random. Use the checkpoint of a language model, or leave out reuse_lm_head."
             )
+        # transformers 5 would undo the renaming when it saves, and nobody would find the head again.
+        if conversions := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [each for each in conversions if "head." not in each.target_patterns]
         return (model, info) if wants_info else model
 
     def forward(
