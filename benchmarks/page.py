@@ -37,7 +37,8 @@ def full_page(results: Results) -> str:
     claims = [[each.what, each.bound, each.measured, each.verdict] for each in check_claims(results)]
     sections = [
         "# Benchmarks",
-        "Written by `make bench` (`benchmarks/run.py`) from one run.",
+        "Written by `make bench` (`benchmarks/run.py`) from one run. "
+        "The PyTorch classes have [a page of their own](benchmarks-pytorch.md).",
         setting(results),
         _METHOD,
         _contention(results),
