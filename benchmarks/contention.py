@@ -14,6 +14,10 @@ _STAT = Path("/proc/stat")
 # Fields of the first line of /proc/stat, in ticks: user nice system idle iowait irq softirq steal.
 _BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
 _NUM_FIELDS = 8
+# A round in which other programs took more than this is measured again, while there are repeats left.
+_QUIET_SHARE = 0.03
+# Rounds measured at most, as a multiple of those wanted.
+MOST_REPEATS = 2
 
 
 def machine_ticks(text: str) -> tuple[int, int]:
@@ -43,6 +47,11 @@ def share_of_others(*, busy: int, total: int, ours: int) -> float:
     0.05
     """
     return max(0.0, (busy - ours) / total) if total else 0.0
+
+
+def is_quiet(others_share: float | None) -> bool:
+    """Whether the machine was ours; taken for granted where the system does not tell."""
+    return others_share is None or others_share <= _QUIET_SHARE
 
 
 class ContentionMeter:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.contention import ContentionMeter
+from benchmarks.contention import MOST_REPEATS, ContentionMeter, is_quiet
 from benchmarks.costs_of_peers import step_bytes
 from benchmarks.peers import Installed, start_worker
 from benchmarks.protocol import Worker
@@ -20,9 +20,6 @@ from benchmarks.summary import Case, Samples, case_label
 
 # Threads of a runtime that has just answered may still spin for some milliseconds.
 _SETTLE_SECONDS = 0.02
-# A round in which other programs took more than this is measured again, while there are repeats left.
-_QUIET_SHARE = 0.03
-_MOST_REPEATS = 2
 
 Report = Callable[[str], None]
 
@@ -115,7 +112,7 @@ def measure_case(
     what = f"{case.size}: {case.sequences} x {case.prompt_tokens} tokens"
     report(f"{what}, {num_rounds} rounds of {warm_up.seconds:.1f} s")
     rounds: list[Round] = []
-    while sum(each.is_quiet for each in rounds) < num_rounds and len(rounds) < _MOST_REPEATS * num_rounds:
+    while sum(each.is_quiet for each in rounds) < num_rounds and len(rounds) < MOST_REPEATS * num_rounds:
         rounds.append(_round(case, workers, bandwidth, plan=plan))
     for each in quietest(rounds, num_rounds):
         for i, answer in enumerate(each.answers):
@@ -135,7 +132,7 @@ class Round:
     @property
     def is_quiet(self) -> bool:
         """Whether the machine was ours; taken for granted where the system does not tell."""
-        return self.others_share is None or self.others_share <= _QUIET_SHARE
+        return is_quiet(self.others_share)
 
 
 def quietest(rounds: Sequence[Round], count: int) -> list[Round]:

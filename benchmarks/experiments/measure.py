@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks.contention import ContentionMeter
+from benchmarks.contention import MOST_REPEATS, ContentionMeter, is_quiet
 
 # Above this gain or loss, and with three quarters of the rounds on the same side of 1, a ratio is a finding.
 NOTEWORTHY = 0.02
@@ -22,8 +22,6 @@ NOTEWORTHY = 0.02
 HOPELESS = 4
 # Between turns: the shipped threads sleep again, the caches are what they are.
 SETTLE_SECONDS = 0.01
-_QUIET_SHARE = 0.03
-_MOST_REPEATS = 2
 _WARM_STEPS = 2
 
 
@@ -118,7 +116,7 @@ class Pair:
     @property
     def is_quiet(self) -> bool:
         """Whether the machine was ours; taken for granted where the system does not tell."""
-        return self.others_share is None or self.others_share <= _QUIET_SHARE
+        return is_quiet(self.others_share)
 
 
 def compare(shipped: Side, changed: Side, plan: Plan) -> list[Pair]:
@@ -127,7 +125,7 @@ def compare(shipped: Side, changed: Side, plan: Plan) -> list[Pair]:
     if warm_up.changed.step_seconds > HOPELESS * warm_up.shipped.step_seconds:
         return [warm_up]
     pairs: list[Pair] = []
-    while sum(each.is_quiet for each in pairs) < plan.rounds and len(pairs) < _MOST_REPEATS * plan.rounds:
+    while sum(each.is_quiet for each in pairs) < plan.rounds and len(pairs) < MOST_REPEATS * plan.rounds:
         pairs.append(measure_pair(shipped, changed, plan))
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].others_share or 0.0)
     return [pairs[i] for i in sorted(order[: plan.rounds])]

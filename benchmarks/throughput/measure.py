@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contention import ContentionMeter
+from benchmarks.contention import MOST_REPEATS, ContentionMeter, is_quiet
 from benchmarks.protocol import Worker
 from benchmarks.summary import ENGINE, TRANSFORMERS, Spread
 from benchmarks.throughput.corpora import CORPORA, Corpus
@@ -27,9 +27,6 @@ _BATCH_SIZES = {"short": (1, 8, 32, 128), "medium": (1, 8, 32, 128), "long": (1,
 _SEARCH_TEXTS = {"short": 256, "medium": 256, "long": 4}
 _SETTLE_SECONDS = 0.05
 _MEMORY_DTYPE = "int8"
-# A round in which other programs took more than this is measured again, while there are repeats left.
-_QUIET_SHARE = 0.03
-_MOST_REPEATS = 2
 
 Report = Callable[[str], None]
 
@@ -138,7 +135,7 @@ def measure_corpus(
     ]
     _round(workers, arguments)
     rounds: list[_Round] = []
-    while sum(each.is_quiet for each in rounds) < plan.rounds and len(rounds) < _MOST_REPEATS * plan.rounds:
+    while sum(each.is_quiet for each in rounds) < plan.rounds and len(rounds) < MOST_REPEATS * plan.rounds:
         rounds.append(_round(workers, arguments))
         report(f"{size}, {corpus.name}: round {len(rounds)}, {rounds[-1].seconds:.1f} s")
     rounds = sorted(rounds, key=lambda each: each.others_share or 0.0)[: plan.rounds]
@@ -194,7 +191,7 @@ class _Round:
 
     @property
     def is_quiet(self) -> bool:
-        return self.others_share is None or self.others_share <= _QUIET_SHARE
+        return is_quiet(self.others_share)
 
 
 def _round(workers: Sequence[_Loaded], arguments: Sequence[dict[str, Any]]) -> _Round:

@@ -12,16 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.contention import ContentionMeter
+from benchmarks.contention import MOST_REPEATS, ContentionMeter, is_quiet
 from benchmarks.peers import model_folder
 from benchmarks.protocol import Worker
 from benchmarks.summary import Spread, pairwise_ratio
 from benchmarks.wing.cases import OURS, UPSTREAM, Task
 
 _SETTLE_SECONDS = 0.02
-# A round in which other programs took more than this is measured again, while there are repeats left.
-_QUIET_SHARE = 0.03
-_MOST_REPEATS = 2
 # Relative; losses and logits in float32, summed in different orders.
 _TOLERANCE = 1e-4
 # Less is what the allocator happens to keep or to give back.
@@ -89,7 +86,7 @@ class Round:
     @property
     def is_quiet(self) -> bool:
         """Whether the machine was ours; taken for granted where the system does not tell."""
-        return self.others_share is None or self.others_share <= _QUIET_SHARE
+        return is_quiet(self.others_share)
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def measure_task(
     count = min(plan.rounds, max(plan.least_rounds, int(plan.case_seconds / warm_up.seconds)))
     report(f"{size}, {task.name}: {count} rounds of {warm_up.seconds:.1f} s")
     rounds: list[Round] = []
-    while sum(each.is_quiet for each in rounds) < count and len(rounds) < _MOST_REPEATS * count:
+    while sum(each.is_quiet for each in rounds) < count and len(rounds) < MOST_REPEATS * count:
         rounds.append(one_round(task, workers))
     return summarize(size, task, quietest(rounds, count))
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from modernbert_decoder.architecture import Head
+from modernbert_decoder.engine.ranking import NORMALIZATIONS
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.pipelines.arguments import as_flag
 from modernbert_decoder.pipelines.encoding import Encoding
@@ -22,7 +23,6 @@ from modernbert_decoder.pipelines.text_classification import NO_CLASSIFIER, desc
 
 DEFAULT_TEMPLATE: Final = "This example is {}."
 UNCONDITIONAL: Final = "unconditional"
-NORMALIZATIONS: Final = ("sum", "token", "byte", UNCONDITIONAL)
 # Between a text and the hypothesis that a language model continues.
 _SEPARATOR: Final = "\n"
 # Where two texts meet, both together may have a few tokens more than each by itself.
