@@ -53,7 +53,7 @@ def make_results(ratio: float = 2.0, memory: float = 0.4) -> report.WingResults:
     for size in SIZES:
         for task in tasks_of(workload_of(size)):
             seconds = {way: ratio if way.runtime == UPSTREAM else 1.0 for way in task.ways}
-            measured = summarize(size, task, [make_round(task, seconds)])
+            measured = summarize(size, task, [make_round(task, seconds)], make_round(task, seconds))
             rows += measured.rows
             comparisons += [replace(each, memory=memory) for each in measured.comparisons]
     return report.WingResults(
@@ -98,7 +98,8 @@ def test_packed_and_padded_steps_count_the_same_tokens() -> None:
 def test_ratios_are_taken_within_each_round_and_rates_from_the_median() -> None:
     task = training()
     seconds = {way: 3.0 if way.runtime == UPSTREAM else 1.5 for way in task.ways}
-    measured = summarize("17m", task, [make_round(task, seconds, slow=slow) for slow in (1.0, 10.0, 2.0)])
+    rounds = [make_round(task, seconds, slow=slow) for slow in (1.0, 10.0, 2.0)]
+    measured = summarize("17m", task, rounds, make_round(task, seconds, slow=100.0))
     assert all(each.ratio == Spread(2.0, 2.0, 2.0) for each in measured.comparisons)
     assert all(each.memory == pytest.approx(0.4) for each in measured.comparisons)
     ours = next(row for row in measured.rows if row.runtime == OURS)
@@ -111,7 +112,7 @@ def test_memory_is_not_compared_where_hardly_any_comes_and_goes() -> None:
     done = make_round(task, dict.fromkeys(task.ways, 1.0))
     for answer in done.answers:
         answer["growth_bytes"] = 1000
-    assert {each.memory for each in summarize("17m", task, [done]).comparisons} == {None}
+    assert {each.memory for each in summarize("17m", task, [done], done).comparisons} == {None}
 
 
 def test_ways_that_come_to_different_losses_end_the_run() -> None:
@@ -119,7 +120,7 @@ def test_ways_that_come_to_different_losses_end_the_run() -> None:
     done = make_round(task, dict.fromkeys(task.ways, 1.0))
     done.answers[-1]["check"] = 1.001
     with pytest.raises(ValueError, match=r"17m, training step.*1\.001"):
-        summarize("17m", task, [done])
+        summarize("17m", task, [done], done)
 
 
 def test_verdicts_turn_at_the_numbers_to_hold() -> None:

@@ -193,7 +193,10 @@ BLOCKS = (
     *(
         Experiment(
             f"layers in blocks of {size}, instead of 128",
-            f"Left: {'more scales to read' if size < 128 else 'matrices of 384 and 1,152 columns cannot'}.",
+            "Left: more scales to read."
+            if size < 128
+            else "Left for now: some 4% of a prefill and nothing certain in decode, for another packing of "
+            "every model; perplexity would allow it in 8 bits.",
             "Block sizes",
             body_block=size,
         )
@@ -221,7 +224,7 @@ BLOCKS = (
                 "int8",
                 128,
                 256,
-                "Left: perplexity of such blocks is untested, the bundled model being narrower.",
+                "Left: perplexity of such a vocabulary is untested, the bundled model being narrower.",
             ),
             ("int4", 64, 32, "Left: more scales to read."),
             ("int4", 64, 128, "Left: 64 makes the 4.5 bits of Q4_0, which this format is compared with."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.experiments.catalogue import EXPERIMENTS, SELF, Experiment
+from benchmarks.experiments.catalogue import CONTROLS, EXPERIMENTS, Experiment
 from benchmarks.experiments.measure import NOTEWORTHY, Ratio
 from benchmarks.experiments.study import Outcome, Study
 from benchmarks.summary import MEASURES
@@ -12,6 +12,8 @@ from benchmarks.tables import number, table
 
 Model = tuple[str, str]  # size, format
 Noise = Mapping[Model, Mapping[str, float]]
+
+_CONTROLS = frozenset(each.name for each in CONTROLS)
 
 _VERDICTS = {"faster": "**faster**", "slower": "slower", "no difference": "same"}
 
@@ -25,8 +27,8 @@ each, reading the best token included.
 **A ratio is the shipped time over the changed time in the same round: above 1, the change is faster.** The
 tables give the median of the rounds, and the quartiles in brackets. A ratio is called faster or slower where
 three quarters of the rounds agree, it is off by at least LEAST, and by more than the shipped configuration
-was from itself (see Controls). `int4` is the pure format, its vocabulary in 4 bits as well. *Logits* is the
-largest difference of the prompt's last logits over the largest logit, on random weights: 0 is the same
+was from itself in any of the controls. `int4` is the pure format, its vocabulary in 4 bits as well. *Logits*
+is the largest difference of the prompt's last logits over the largest logit, on random weights: 0 is the same
 computation, 1e-2 is another rounding of the activations."""
 
 _PROFILE_LEGEND = """\
@@ -78,11 +80,11 @@ def _setting(study: Study) -> str:
 
 
 def noise_of(outcomes: Iterable[Outcome]) -> dict[Model, dict[str, float]]:
-    """How far the shipped configuration was from itself, by size and format and by measure."""
+    """How far the controls, which change nothing, were from 1, by size and format and by measure."""
     noise: dict[Model, dict[str, float]] = {}
     for each in outcomes:
         found = noise.setdefault((each.size, each.format), dict.fromkeys(MEASURES, 0.0))
-        if each.experiment.startswith(SELF):
+        if each.experiment in _CONTROLS:
             for measure, ratio in _ratios(each).items():
                 found[measure] = max(found[measure], abs(ratio.median - 1))
     return noise
@@ -93,12 +95,19 @@ def _ratios(outcome: Outcome) -> dict[str, Ratio]:
     return {measure: ratio for measure, ratio in pairs.items() if ratio is not None}
 
 
+def _verdicts(outcome: Outcome, noise: Noise) -> set[str]:
+    known = noise[outcome.size, outcome.format]
+    return {ratio.verdict(known[measure]) for measure, ratio in _ratios(outcome).items()}
+
+
 def _findings(outcomes: Sequence[Outcome], noise: Noise) -> str:
     """Where a change was faster somewhere, and what it was elsewhere."""
     names = [
         each.experiment
         for each in outcomes
-        if "faster" in {ratio.verdict(noise[each.size, each.format][m]) for m, ratio in _ratios(each).items()}
+        if each.experiment not in _CONTROLS
+        and "faster"
+        in {ratio.verdict(noise[each.size, each.format][m]) for m, ratio in _ratios(each).items()}
     ]
     if not names:
         return "No change was faster anywhere."
@@ -139,11 +148,15 @@ def _row(outcome: Outcome, noise: Noise) -> list[str]:
 
 
 def _cells(outcome: Outcome, noise: Noise) -> list[str]:
-    """Ratio and verdict of decode and of prefill."""
+    """Ratio and verdict of decode and of prefill; controls, by which others are judged, have no verdict."""
     cells = []
+    is_control = outcome.experiment in _CONTROLS
     for measure, ratio in _ratios(outcome).items():
         verdict = ratio.verdict(noise[outcome.size, outcome.format][measure])
-        cells += [f"{ratio.median:.2f} ({ratio.lower:.2f} to {ratio.upper:.2f})", _VERDICTS[verdict]]
+        cells += [
+            f"{ratio.median:.2f} ({ratio.lower:.2f} to {ratio.upper:.2f})",
+            "" if is_control else _VERDICTS[verdict],
+        ]
     return cells
 
 

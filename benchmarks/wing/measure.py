@@ -39,7 +39,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """One way of a task; memory is the greatest of the rounds.
+    """One way of a task; memory is that of one more round, before which free memory was given back.
 
     Attributes:
         peak_memory_bytes: of the process during the row, weights, gradients and AdamW's state included.
@@ -127,15 +127,25 @@ def measure_task(
     rounds: list[Round] = []
     while sum(each.is_quiet for each in rounds) < count and len(rounds) < MOST_REPEATS * count:
         rounds.append(one_round(task, workers))
-    return summarize(size, task, quietest(rounds, count))
+    memory = one_round(task, workers, releases=True)
+    return summarize(size, task, quietest(rounds, count), memory)
 
 
-def one_round(task: Task, workers: Mapping[str, Worker]) -> Round:
-    """Every way once, each idle while another one is timed."""
+def one_round(task: Task, workers: Mapping[str, Worker], *, releases: bool = False) -> Round:
+    """Every way once, each idle while another one is timed.
+
+    Args:
+        task: whose ways are timed.
+        workers: by runtime.
+        releases: every process first gives free memory back to the system. What a way needs can then be seen
+            as growth, but getting the memory anew takes time.
+    """
     start = time.monotonic()
     meter = ContentionMeter([each.process.pid for each in workers.values()])
     answers = []
     for way in task.ways:
+        if releases:
+            workers[way.runtime].ask("release")
         time.sleep(_SETTLE_SECONDS)
         answers.append(workers[way.runtime].ask(task.operation, **task.arguments, **way.flags))
     return Round(answers, meter.share(), time.monotonic() - start)
@@ -147,16 +157,22 @@ def quietest(rounds: Sequence[Round], count: int) -> list[Round]:
     return [rounds[i] for i in sorted(order[:count])]
 
 
-def summarize(size: str, task: Task, rounds: Sequence[Round]) -> Measured:
+def summarize(size: str, task: Task, rounds: Sequence[Round], memory: Round) -> Measured:
     """Rows of all ways, and comparisons of those that `Task.pairs` names.
+
+    Args:
+        size: of the model.
+        task: that was measured.
+        rounds: whose times count.
+        memory: the round whose memory counts.
 
     Raises:
         ValueError: the ways came to different results.
     """
-    for each in rounds:
+    for each in (*rounds, memory):
         check_agreement(size, task, [answer["check"] for answer in each.answers])
     seconds = {way: [each.answers[i]["seconds"] for each in rounds] for i, way in enumerate(task.ways)}
-    growth = {way: max(each.answers[i]["growth_bytes"] for each in rounds) for i, way in enumerate(task.ways)}
+    growth = {way: memory.answers[i]["growth_bytes"] for i, way in enumerate(task.ways)}
     rows = [
         Row(
             size=size,
@@ -167,7 +183,7 @@ def summarize(size: str, task: Task, rounds: Sequence[Round]) -> Measured:
             rounds=len(rounds),
             seconds=Spread.of(seconds[way]),
             tokens_per_second=task.tokens / Spread.of(seconds[way]).median,
-            peak_memory_bytes=max(each.answers[i]["peak_memory_bytes"] for each in rounds),
+            peak_memory_bytes=memory.answers[i]["peak_memory_bytes"],
             growth_bytes=growth[way],
         )
         for i, way in enumerate(task.ways)

@@ -7,6 +7,7 @@ compares. Peaks of memory are measured over what the process held before.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
@@ -53,6 +54,12 @@ class TorchWorker:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         return {"versions": versions}
+
+    def release(self) -> Mapping[str, Any]:
+        """Gives memory that the C library holds for later back to the system, where it can (glibc)."""
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        return {"is_released": trim is not None and bool(trim(0))}
 
     def train(self, *, lengths: list[int], is_packed: bool, skips_logits: bool) -> Mapping[str, Any]:
         """One step; the check is its loss."""
@@ -203,7 +210,7 @@ def packed_batch(lengths: list[int]) -> dict[str, Tensor]:
 def main() -> None:
     """Serve the worker protocol."""
     worker = TorchWorker()
-    names = ("load", "train", "loss", "classify", "prefill", "generate")
+    names = ("load", "release", "train", "loss", "classify", "prefill", "generate")
     serve({name: getattr(worker, name) for name in names})
 
 
