@@ -84,7 +84,7 @@ class EnginePeer:
         }
 
     def _submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
-        groups = [self.llm._requests(prompt, params) for prompt in prompts]
+        groups = [self.llm._completions.requests(prompt, params) for prompt in prompts]
         self.llm._driver.submit(groups)
         return [request for group in groups for request in group]
 

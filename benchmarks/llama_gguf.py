@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmarks.shapes import CONTEXT_LENGTH, NORM_EPS, ROPE_THETA, VOCABULARY_SIZE, Shape
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter, LlamaFileType
 
 GGUF_TYPES = ("F32", "Q8_0", "Q4_0")
 
@@ -33,11 +37,8 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_float32(shape: Shape, path: Path) -> None:
-    """Write the float32 model; weights are normal with deviation 0.02, norms are one."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "llama")
+def describe(writer: GGUFWriter, shape: Shape, file_type: LlamaFileType) -> None:
+    """Write the sizes; everything but vocabulary and tensors."""
     writer.add_block_count(shape.num_layers)
     writer.add_context_length(CONTEXT_LENGTH + 1)
     writer.add_embedding_length(shape.hidden_size)
@@ -48,7 +49,15 @@ def write_float32(shape: Shape, path: Path) -> None:
     writer.add_rope_freq_base(ROPE_THETA)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_vocab_size(VOCABULARY_SIZE)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(file_type)
+
+
+def write_float32(shape: Shape, path: Path) -> None:
+    """Write the float32 model; weights are normal with deviation 0.02, norms are one."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    describe(writer, shape, gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("none")
     generator = np.random.default_rng(0)
     for name, dimensions in tensor_shapes(shape).items():

@@ -19,6 +19,7 @@ from modernbert_decoder.architecture import DecoderArchitecture, LayerKind, Rota
 from modernbert_decoder.checkpoint import Checkpoint, write_safetensors
 from modernbert_decoder.engine.graph import build_graph
 from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.selective import divided_projection
 from modernbert_decoder.engine.weights import load_weights, rotary_tables
 from modernbert_decoder.quantization import QuantizationScheme
 from modernbert_decoder.spellings import layer_kinds_every
@@ -111,6 +112,7 @@ def open_runtime(
     num_slots: int = 2,
     context_length: int = 2048,
     threads: int = 1,
+    is_selective: bool = False,
 ) -> Runtime:
     """A runtime on a checkpoint, without `LLM`, scheduler and graph cache."""
     checkpoint = Checkpoint.open(folder)
@@ -118,14 +120,17 @@ def open_runtime(
     if isinstance(scheme, str):
         scheme = QuantizationScheme.named(scheme)
     weights = load_weights(checkpoint, scheme, threads=threads)
+    if is_selective:
+        weights = divided_projection(weights, architecture, scheme)
     return Runtime(
         architecture,
-        build_graph(architecture, scheme, num_positions=context_length),
+        build_graph(architecture, scheme, num_positions=context_length, is_selective=is_selective),
         {**weights, **rotary_tables(architecture, context_length)},
         num_slots=num_slots,
         context_length=context_length,
         threads=threads,
         providers=["CPUExecutionProvider"],
+        is_selective=is_selective,
     )
 
 

@@ -378,10 +378,12 @@ def test_the_name_of_a_file_is_not_taken_for_a_text(suffix: str, capfd: pytest.C
 # Ray
 
 
-def test_ray_is_started_and_stopped_by_the_command(capfd: pytest.CaptureFixture[str]) -> None:
+def test_ray_is_started_and_stopped_by_the_command(
+    classifier: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("ray")
     Path("a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    arguments = ("score", "-i", "a.txt", "--threads", "1")
+    arguments = ("classify", "-m", classifier, "-i", "a.txt", "--threads", "1", "--all-labels")
     run(capfd, *arguments, "-o", "alone.csv")
     done = process(*arguments, "-o", "ray.csv", "--ray", "--workers", "2")
     assert done.returncode == 0

@@ -11,6 +11,9 @@ import pytest
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
+import dying_engine  # noqa: E402
+from checkpoints import tiny_architecture, write_checkpoint  # noqa: E402
+from modernbert_decoder.architecture import Head  # noqa: E402
 from modernbert_decoder.errors import InputError  # noqa: E402
 from modernbert_decoder.jobs import inputs as inputs_module  # noqa: E402
 from modernbert_decoder.jobs.inputs import Columns, Inputs  # noqa: E402
@@ -72,6 +75,28 @@ def test_two_workers_write_what_one_process_writes(files: list[str]) -> None:
     mixed = run_to_file(job, Path("mixed.jsonl"), format="jsonl", compute=compute)
     assert (mixed.num_rows, mixed.num_computed) == (281, 281 - 90)
     assert Path("mixed.jsonl").read_bytes() == Path("alone.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    architecture = tiny_architecture(head=Head.SEQUENCE_CLASSIFICATION, id2label={0: "no", 1: "yes"})
+    return str(write_checkpoint(tmp_path_factory.mktemp("models") / "classifier", architecture))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_labels_of_two_workers_are_those_of_one_process_even_if_a_worker_dies(
+    files: list[str], classifier: str, tmp_path: Path
+) -> None:
+    engine = EngineOptions(model=classifier, dtype="float32", threads=1)
+    task = Classify(all_labels=True)
+    alone = map_files(task, files, "alone.jsonl", model=engine)
+    mark = tmp_path / "died"
+    ray.cloudpickle.register_pickle_by_value(dying_engine)  # workers do not see this folder
+    dying = dying_engine.DyingEngine(model=classifier, dtype="float32", threads=1, mark=str(mark))
+    shared = map_files(task, files, "shared.jsonl", model=dying, ray=TWO_WORKERS)
+    assert mark.exists(), "no worker died"
+    assert (shared.num_rows, shared.num_errors) == (alone.num_rows, alone.num_errors) == (281, 2)
+    assert Path("shared.jsonl").read_bytes() == Path("alone.jsonl").read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -55,7 +55,7 @@ def reference(task: str, name: str, folder: Path) -> Any:
 
 def close_to(expected: Any) -> Any:
     if isinstance(expected, float):
-        return pytest.approx(expected, abs=TOLERANCE, rel=TOLERANCE)
+        return pytest.approx(expected, abs=1e-6, rel=TOLERANCE)
     if isinstance(expected, Mapping):
         return {key: close_to(value) for key, value in expected.items()}
     if isinstance(expected, list):

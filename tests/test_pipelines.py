@@ -433,7 +433,7 @@ def test_the_problem_type_chooses_the_function(
 
 def test_truncation_cuts_where_it_says(classifier: EnginePipeline) -> None:
     long, cut = "A ship came over the sea. " * 500, "A ship came over"
-    with pytest.raises(InputError, match="pass truncation=True"):
+    with pytest.raises(InputError, match="cut it with truncation=True: 'A ship"):
         classifier(long)
     num_tokens = len(classifier.tokenizer.encode_template(cut))
     expected = classifier(cut, function_to_apply="none")

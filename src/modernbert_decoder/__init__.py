@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from modernbert_decoder.architecture import DecoderArchitecture
+    from modernbert_decoder.engine.async_llm import AsyncLLM, EngineStats
     from modernbert_decoder.engine.llm import (
         LLM,
         ClassificationOutput,
@@ -24,11 +25,17 @@ if TYPE_CHECKING:
         TextError,
     )
     from modernbert_decoder.engine.sampling_params import SamplingParams
+    from modernbert_decoder.engine.speculation import Speculation
+    from modernbert_decoder.engine.structured import StructuredOutput
     from modernbert_decoder.errors import (
         CheckpointError,
         ConfigurationError,
+        EngineClosedError,
+        EngineFailedError,
         InputError,
         ModelNotFoundError,
+        QueueFullError,
+        RequestTimeoutError,
         UserError,
     )
     from modernbert_decoder.pipelines.factory import pipeline
@@ -38,19 +45,27 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CheckpointError",
     "ClassificationOutput",
     "CompletionOutput",
     "ConfigurationError",
     "DecoderArchitecture",
     "EmbeddingOutput",
+    "EngineClosedError",
+    "EngineFailedError",
+    "EngineStats",
     "InputError",
     "ModelNotFoundError",
+    "QueueFullError",
     "RankedCandidate",
     "RequestOutput",
+    "RequestTimeoutError",
     "SamplingParams",
     "Score",
+    "Speculation",
     "StreamChunk",
+    "StructuredOutput",
     "TextError",
     "Tokenizer",
     "UserError",
@@ -62,6 +77,8 @@ __all__ = [
 _HOMES = MappingProxyType(
     {
         "LLM": "engine.llm",
+        "AsyncLLM": "engine.async_llm",
+        "EngineStats": "engine.async_llm",
         "ClassificationOutput": "engine.llm",
         "CompletionOutput": "engine.llm",
         "EmbeddingOutput": "engine.llm",
@@ -71,12 +88,18 @@ _HOMES = MappingProxyType(
         "StreamChunk": "engine.llm",
         "TextError": "engine.llm",
         "SamplingParams": "engine.sampling_params",
+        "StructuredOutput": "engine.structured",
+        "Speculation": "engine.speculation",
         "DecoderArchitecture": "architecture",
         "Tokenizer": "tokenizer",
         "CheckpointError": "errors",
         "ConfigurationError": "errors",
+        "EngineClosedError": "errors",
+        "EngineFailedError": "errors",
         "InputError": "errors",
         "ModelNotFoundError": "errors",
+        "QueueFullError": "errors",
+        "RequestTimeoutError": "errors",
         "UserError": "errors",
         "pipeline": "pipelines.factory",
     }

@@ -193,6 +193,18 @@ class Checkpoint:
         """Every tensor, by the name that the architecture (or the packing) gives it."""
         return tuple(self._tensors)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._tensors
+
+    def place(self, name: str) -> tuple[SafetensorsFile, str]:
+        """The file that holds a tensor, and the name it has there."""
+        return self._tensors[name]
+
+    def config(self) -> Mapping[str, Any]:
+        """The content of `config.json`."""
+        return load_config(self.folder / "config.json")
+
     def raw(self, name: str) -> NDArray[Any]:
         """The tensor as stored (bfloat16 as uint16), a read-only view of the mapped file."""
         file, stored_name = self._tensors[name]

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import Encoding, decoders, processors
+from tokenizers import decoders, processors
 
 from modernbert_decoder.architecture import DecoderArchitecture
 from modernbert_decoder.errors import CheckpointError, InputError, ModelNotFoundError
+from modernbert_decoder.templates import Template
+from modernbert_decoder.text_pieces import Continued, FirstTokens, PieceEncoder, without_surrogates
 
 
 class Tokenizer:
@@ -33,6 +35,7 @@ class Tokenizer:
         cls_token_id: stands in front of every text.
         sep_token_id: ends a text; None when neither the tokenizer nor the architecture names one.
         pad_token_id: None when neither names one.
+        special_token_ids: those that are no text.
     """
 
     def __init__(
@@ -42,14 +45,18 @@ class Tokenizer:
         cls_token_id = special_ids["cls"]
         assert cls_token_id is not None
         self._tokenizer = tokenizer
+        self._pieces = PieceEncoder(tokenizer)
+        self._templates: dict[int, Template] = {}  # by their number of texts, 1 or 2
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.cls_token_id = cls_token_id
         self.sep_token_id = special_ids["sep"]
         self.pad_token_id = special_ids["pad"]
         added = tokenizer.get_added_tokens_decoder()
         skipped = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_token_ids = skipped
         self._all_bytes = _TokenBytes(tokenizer, skipped=frozenset(), num_ids=num_ids)
         self._text_bytes = _TokenBytes(tokenizer, skipped=skipped, num_ids=num_ids)
+        self._plain: tokenizers.Tokenizer | None = None
 
     @classmethod
     def from_folder(cls, folder: Path, architecture: DecoderArchitecture) -> Tokenizer:
@@ -86,16 +93,32 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """`[CLS]` and the ids of the text, for generating and scoring; empty text gives `[CLS]` alone."""
-        return [self.cls_token_id, *self._encode(text).ids]
+        return self.encode_batch([text])[0]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of a text alone, in which names of special tokens are text like any other."""
+        ids = self.encode(text)[1:]
+        if self.special_token_ids.isdisjoint(ids):
+            return ids
+        if self._plain is None:
+            plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+            plain.encode_special_tokens = True
+            self._plain = plain
+        plain_ids: list[int] = self._plain.encode(without_surrogates(text), add_special_tokens=False).ids
+        return plain_ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts, on all cores (environment TOKENIZERS_PARALLELISM=false: on one)."""
-        if len(texts) == 1:
-            # Keeps the library's threads, which complain after a fork, out of the common case.
-            return [self.encode(texts[0])]
-        cleaned = [_without_surrogates(text) for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
-        return [[self.cls_token_id, *encoding.ids] for encoding in encodings]
+        return self._pieces.ids(texts, lead=(self.cls_token_id,))
+
+    def encode_continuations(self, text: str, continuations: Sequence[str]) -> Continued:
+        """`encode` of a text and of the text with each continuation, most of which is done once for all."""
+        return self._pieces.continued(text, continuations, lead=(self.cls_token_id,))
+
+    def first_ids(self, text: str, count: int) -> list[int]:
+        """The first `count` ids of a text, without `[CLS]`; a long text is not tokenized much further."""
+        (first,) = self._pieces.first_tokens([text], count=count, counts_all=False)
+        return first.ids
 
     def encode_template(
         self,
@@ -103,7 +126,7 @@ class Tokenizer:
         pair: str | None = None,
         *,
         max_length: int | None = None,
-        truncation: str = "longest_first",
+        truncation: str | None = "longest_first",
     ) -> list[int]:
         """The ids in the file's template, `[CLS] A [SEP]` or `[CLS] A [SEP] B [SEP]`.
 
@@ -112,45 +135,61 @@ class Tokenizer:
         Args:
             text: A.
             pair: B.
-            max_length: shorten A and B from their ends until all of the ids are no more than this; the
-                template's own tokens stay.
-            truncation: which of the two: "longest_first", "only_first" or "only_second", as in transformers.
+            max_length: most ids; A and B are shortened from their ends, the template's own tokens stay.
+            truncation: which of the two is shortened: "longest_first", "only_first" or "only_second", as in
+                transformers; None refuses longer texts.
 
         Raises:
+            TextTooLongError: the text has more than `max_length` tokens, and `truncation` is None.
             InputError: `max_length` does not even hold the template's own tokens, or the text that may be
                 shortened would have to lose all of its own.
         """
-        first = self._encode(text)
-        second = None if pair is None else self._encode(pair)
-        if max_length is not None:
-            num_own = self._tokenizer.num_special_tokens_to_add(pair is not None)
-            if max_length < num_own:
-                raise InputError(f"max_length is {max_length}, but the template alone needs {num_own} tokens")
-            room = max_length - num_own
-            if truncation == "longest_first":
-                _truncate_longest_first(first, second, room=room)
-            else:
-                _truncate_one(first, second, room=room, truncation=truncation)
-        ids: list[int] = self._tokenizer.post_process(first, second, add_special_tokens=True).ids
+        texts: list[str | tuple[str, str]] = [text if pair is None else (text, pair)]
+        (ids,) = self.encode_template_batch(texts, max_length=max_length, truncation=truncation)
+        if isinstance(ids, InputError):
+            raise ids
         return ids
 
-    def encode_template_batch(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
-        """`encode_template` for many texts and pairs, on as many cores as `encode_batch`."""
-        if len(texts) == 1:
-            return [self.encode_template(*((texts[0],) if isinstance(texts[0], str) else texts[0]))]
-        cleaned = [
-            _without_surrogates(text)
-            if isinstance(text, str)
-            else (_without_surrogates(text[0]), _without_surrogates(text[1]))
-            for text in texts
-        ]
-        encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=True)
-        return [encoding.ids for encoding in encodings]
+    def encode_template_batch(
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        *,
+        max_length: int | None = None,
+        truncation: str | None = "longest_first",
+    ) -> list[list[int] | InputError]:
+        """`encode_template` for many texts and pairs, on as many cores as `encode_batch`.
+
+        In place of ids there is the error of a text that cannot be used.
+        """
+        # Of a pair, both lengths are needed to know how much of each is kept.
+        singles = iter(
+            self._first_tokens(
+                [text for text in texts if isinstance(text, str)],
+                max_length,
+                counts_all=truncation is None,
+            )
+        )
+        halves = iter(
+            self._first_tokens(
+                [half for text in texts if not isinstance(text, str) for half in text],
+                max_length,
+                counts_all=True,
+            )
+        )
+        results: list[list[int] | InputError] = []
+        for text in texts:
+            parts = [next(singles)] if isinstance(text, str) else [next(halves), next(halves)]
+            try:
+                template = self._template(len(parts))
+                results.append(template.joined(parts, max_length=max_length, truncation=truncation))
+            except InputError as error:
+                results.append(error)
+        return results
 
     def num_bytes(self, text: str | Sequence[int]) -> int:
         """UTF-8 bytes of a text; of ids, those that they stand for, special tokens none."""
         if isinstance(text, str):
-            return len(_without_surrogates(text).encode())
+            return len(without_surrogates(text).encode())
         return sum(len(self._text_bytes[token_id]) for token_id in text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -174,12 +213,26 @@ class Tokenizer:
         """
         return self._all_bytes[token_id].decode("utf-8", "replace")
 
+    def has_tokens_of(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same token in both."""
+        first, second = (each._tokenizer.get_vocab(with_added_tokens=True) for each in (self, other))
+        return first == second
+
     def detokenizer(self, *, skip_special_tokens: bool = True) -> StreamingDetokenizer:
         """A new detokenizer for one stream of ids."""
         return StreamingDetokenizer(self._text_bytes if skip_special_tokens else self._all_bytes)
 
-    def _encode(self, text: str) -> Encoding:
-        return self._tokenizer.encode(_without_surrogates(text), add_special_tokens=False)
+    def _first_tokens(
+        self, texts: Sequence[str], max_length: int | None, *, counts_all: bool
+    ) -> list[FirstTokens]:
+        if max_length is None:
+            return [FirstTokens(ids, len(ids)) for ids in self._pieces.ids(texts)]
+        return self._pieces.first_tokens(texts, count=max_length, counts_all=counts_all)
+
+    def _template(self, num_texts: int) -> Template:
+        if num_texts not in self._templates:
+            self._templates[num_texts] = Template(self._tokenizer, num_texts=num_texts)
+        return self._templates[num_texts]
 
 
 class StreamingDetokenizer:
@@ -259,48 +312,6 @@ def _byte_alphabet() -> dict[str, int]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
-
-
-def _without_surrogates(text: str) -> str:
-    """The text with surrogate pairs joined and lone surrogates replaced by U+FFFD; the tokenizers library
-    refuses them.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
-
-
-def _truncate_longest_first(first: Encoding, second: Encoding | None, *, room: int) -> None:
-    """Shorten both in place to `room` tokens in all, as transformers' "longest_first" does."""
-    if second is None:
-        first.truncate(min(len(first), room))
-        return
-    if len(first) + len(second) <= room:
-        return
-    shorter, longer = sorted((first, second), key=len)
-    keep_shorter = min(len(shorter), room // 2)
-    longer.truncate(room - keep_shorter)
-    shorter.truncate(keep_shorter)
-
-
-def _truncate_one(first: Encoding, second: Encoding | None, *, room: int, truncation: str) -> None:
-    """Shorten the named one in place until both have `room` tokens in all."""
-    if truncation not in ("only_first", "only_second"):
-        raise InputError(f"truncation must be longest_first, only_first or only_second, got {truncation!r}")
-    chosen, other = (first, second) if truncation == "only_first" else (second, first)
-    if chosen is None:
-        raise InputError("truncation is only_second, but there is no second text; use only_first")
-    num_other = 0 if other is None else len(other)
-    if num_other + len(chosen) <= room:
-        return
-    if num_other >= room:
-        raise InputError(
-            f"truncation is {truncation}, but the other text alone fills max_length with {num_other} tokens "
-            f"beside the template; raise max_length, or use longest_first"
-        )
-    chosen.truncate(room - num_other)
 
 
 def _check_vocabulary(path: Path, tokenizer: tokenizers.Tokenizer, num_ids: int) -> None:

@@ -94,13 +94,81 @@ def test_states_and_vectors_equal_the_last_hidden_state(tmp_path: Path, head: He
         assert relative_error(mean[i], expected.mean(0)) < TOLERANCE
 
 
-def test_scores_equal_the_wings_losses(tmp_path: Path) -> None:
+def log_probabilities(model: Any, ids: list[int]) -> np.ndarray[Any, Any]:
+    """Of every token of a text after the first, by the reference."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double()
+    expected = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return np.asarray(expected)
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("lm"), tiny_architecture())
+
+
+def loaded(folder: Path, reference: str) -> Any:
+    return CLASSES[reference].ModernBertDecoderForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("reference", CLASSES)
+def test_the_logprob_of_every_token_equals_the_references(language_model: Path, reference: str) -> None:
+    model = loaded(language_model, reference)
     architecture = tiny_architecture()
-    folder = write_checkpoint(tmp_path, architecture)
     batch = [random_ids(architecture, length, seed=i) for i, length in enumerate(LENGTHS) if length > 1]
-    model = wing.ModernBertDecoderForCausalLM.from_pretrained(folder).eval()
-    with opened(folder) as llm:
-        for ids, score in zip(batch, llm.score(batch), strict=True):
-            with torch.no_grad():
-                loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
-            assert score.perplexity == pytest.approx(float(loss.exp()), rel=TOLERANCE)
+    with opened(language_model) as llm:
+        scores = llm.score(batch)
+    for ids, score in zip(batch, scores, strict=True):
+        expected = log_probabilities(model, ids)
+        assert relative_error(np.array(score.logprobs), expected) < TOLERANCE
+        assert score.perplexity == pytest.approx(np.exp(-expected.mean()), rel=TOLERANCE)
+        assert score.total_logprob == pytest.approx(expected.sum(), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("reference", CLASSES)
+@pytest.mark.parametrize("stride", [1, 50, 127])
+def test_the_logprobs_of_windows_equal_the_references(
+    language_model: Path, reference: str, stride: int
+) -> None:
+    context, length = 128, 135 if stride == 1 else 260
+    model = loaded(language_model, reference)
+    ids = [256, *random_ids(tiny_architecture(), length - 1)]
+    expected = [*log_probabilities(model, ids[:context])]
+    for target in range(context, length):
+        # The first window that reaches this token: it begins a number of strides behind the first token.
+        begin = 1 + -(-(target - context + 1) // stride) * stride
+        window = [256, *ids[begin : target + 1]]
+        assert context - stride < len(window) <= context
+        expected.append(log_probabilities(model, window)[-1])
+    with LLM(language_model, dtype="float32", threads=1, max_context=context) as llm:
+        (score,) = llm.score([ids], stride=stride)
+    assert relative_error(np.array(score.logprobs), np.array(expected)) < TOLERANCE
+
+
+@pytest.mark.parametrize("reference", CLASSES)
+@pytest.mark.parametrize("normalization", ["sum", "token", "byte", "unconditional"])
+def test_rankings_equal_the_references(language_model: Path, reference: str, normalization: str) -> None:
+    model = loaded(language_model, reference)
+    text = "The weather by the sea was often cold, and nobody went there but the fishermen."
+    candidates = [" fine", " b", " \N{FOX FACE}", " a rather long continuation " * 4, "x"]
+
+    def total(before: str, candidate: str) -> float:
+        num_text = 1 + len(before.encode())
+        ids = [256, *(before + candidate).encode()]
+        return float(log_probabilities(model, ids)[num_text - 1 :].sum())
+
+    expected = []
+    for candidate in candidates:
+        num_bytes = len(candidate.encode())  # of this tokenizer, as many tokens
+        value = total(text, candidate)
+        if normalization in ("token", "byte"):
+            value /= num_bytes
+        elif normalization == "unconditional":
+            value -= total("", candidate)
+        expected.append(value)
+    with opened(language_model) as llm:
+        ranked = llm.rank(text, candidates, normalization=normalization)
+    assert [each.index for each in ranked] == sorted(range(5), key=lambda i: -expected[i])
+    for each in ranked:
+        assert each.total_logprob == pytest.approx(total(text, each.candidate), rel=TOLERANCE)
+        assert each.score == pytest.approx(expected[each.index], rel=TOLERANCE, abs=TOLERANCE)

@@ -26,6 +26,7 @@ from modernbert_decoder.errors import UserError
 COMMANDS: Final = (
     "generate",
     "run",
+    "serve",
     "classify",
     "score",
     "embed",
@@ -33,6 +34,9 @@ COMMANDS: Final = (
     "info",
     "quantize",
     "convert",
+    "merge",
+    "eval",
+    "train",
     "cache",
     "bench",
 )
@@ -108,7 +112,7 @@ def _run(arguments: Sequence[str]) -> int:
             except UserError as error:
                 if context.params["debug"]:
                     traceback.print_exc()
-                return _report(str(error))
+                return _report(error.on_command_line())
     except click.exceptions.Exit as ending:
         return ending.exit_code
     except click.ClickException as error:

@@ -17,6 +17,7 @@ from modernbert_decoder.cli.completion_options import FILL_CONTEXT, CompletionOp
 from modernbert_decoder.cli.output import bytes_text, rate_text, write, write_json
 from modernbert_decoder.cli.prompt import read_prompt
 from modernbert_decoder.engine.llm import LLM, Logprob, StreamChunk, Timings
+from modernbert_decoder.engine.speculation import Speculation
 from modernbert_decoder.errors import InputError
 
 
@@ -97,9 +98,11 @@ def complete(options: CompletionOptions, *, providers: Sequence[str] | None = No
         options.model,
         dtype=options.dtype,
         vocabulary_dtype=options.vocabulary_dtype,
+        adapter=options.adapter,
         revision=options.revision,
         threads=options.threads,
         max_context=options.max_context,
+        speculation=Speculation() if options.speculate else None,
         providers=providers,
     ) as llm:
         load_seconds = time.perf_counter() - started

@@ -29,6 +29,7 @@ class CompletionOptions:
     revision: str | None
     dtype: str | None
     vocabulary_dtype: str | None
+    adapter: str | None
     max_tokens: int | str
     min_tokens: int
     temperature: float
@@ -45,6 +46,7 @@ class CompletionOptions:
     logprobs: int | None
     threads: int | None
     max_context: int | None
+    speculate: bool
     echo: bool
     json: bool
     stats: bool
@@ -100,6 +102,13 @@ def vocabulary_dtype_option(function: Callable[..., None]) -> Callable[..., None
     )(function)
 
 
+def adapter_option(function: Callable[..., None]) -> Callable[..., None]:
+    """`--adapter`."""
+    return click.option(
+        "--adapter", metavar="FOLDER", help="A LoRA adapter in PEFT's format to merge with the model."
+    )(function)
+
+
 def threads_option(function: Callable[..., None]) -> Callable[..., None]:
     """`--threads`."""
     return click.option(
@@ -117,9 +126,11 @@ def completion_options(function: Callable[..., None]) -> Callable[..., None]:
             model_option,
             click.option("--dtype", type=click.Choice(DTYPES), help=_DTYPE_HELP),
             vocabulary_dtype_option,
+            adapter_option,
             *_LENGTH_OPTIONS,
             *_SAMPLING_OPTIONS,
             threads_option,
+            _SPECULATE_OPTION,
             *_OUTPUT_OPTIONS,
         ],
         function,
@@ -214,6 +225,11 @@ _SAMPLING_OPTIONS: Final = (
     click.option(
         "--n", "-n", type=int, default=1, show_default=True, help="Completions, printed one after the other."
     ),
+)
+_SPECULATE_OPTION: Final = click.option(
+    "--speculate",
+    is_flag=True,
+    help="Guess ahead from what was said before: faster where a text repeats itself.",
 )
 _OUTPUT_OPTIONS: Final = (
     click.option("--echo/--no-echo", default=True, show_default=True, help="Print the prompt in front."),

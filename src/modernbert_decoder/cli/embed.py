@@ -8,6 +8,7 @@ import click
 
 from modernbert_decoder.cli.interrupts import interrupts_deferred
 from modernbert_decoder.cli.job_options import JobOptions, job_options, length_options
+from modernbert_decoder.engine.choices import POOLINGS
 
 # \b keeps click from joining the lines.
 _EXAMPLES: Final = (
@@ -18,7 +19,7 @@ _EXAMPLES: Final = (
 @click.command("embed", short_help="Vectors for texts.", epilog=_EXAMPLES)
 @click.option(
     "--pooling",
-    type=click.Choice(["last", "mean"]),
+    type=click.Choice(POOLINGS),
     default="last",
     show_default=True,
     help="The state of the last token, or the mean of all.",

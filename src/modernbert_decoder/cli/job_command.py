@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
@@ -19,7 +20,7 @@ from modernbert_decoder.cli.job_table import write_result_table
 from modernbert_decoder.cli.output import rate_text, write, write_bytes
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.jobs.inputs import STANDARD_INPUT, Inputs
-from modernbert_decoder.jobs.job import Job, Listeners, Summary, run_to_file, stream_rows
+from modernbert_decoder.jobs.job import Job, Listeners, Summary, run_to_file, stream_blocks
 from modernbert_decoder.jobs.map_over_files import format_of
 from modernbert_decoder.jobs.ray_workers import RayOptions, compute_with_ray
 from modernbert_decoder.jobs.tasks import Task
@@ -36,7 +37,7 @@ def run_job(task: Task, inputs: Inputs, options: JobOptions, *, top: int | None 
         UserError: whatever is wrong with options, inputs, model or output.
         Exit: with code 3, if rows failed.
     """
-    job = Job(task=task, inputs=inputs, engine=options.engine(), top=top)
+    job = Job(task=task, inputs=inputs, engine=options.engine(), top=top, on_command_line=True)
     if STANDARD_INPUT in inputs.files and sys.stdin is not None and sys.stdin.isatty():
         click.echo("Reading texts from the terminal, one per line; end them with Ctrl-D.", err=True)
     summary = None
@@ -61,10 +62,11 @@ def _stream(job: Job, format: str, listeners: Listeners) -> None:
             "or write --format jsonl"
         )
     columns = job.columns(dict.fromkeys(kept or (), "text"))
-    with closing(stream_rows(job, listeners)) as rows:
+    with closing(stream_blocks(job, listeners)) as blocks:
         if format == TABLE:
-            write_result_table(rows, columns)
+            write_result_table(blocks, columns)
         else:
+            rows = chain.from_iterable(blocks)
             write_rows(cast(BinaryIO, _StandardOutput()), rows, format=format, columns=columns)
 
 

@@ -16,6 +16,7 @@ import click
 
 from modernbert_decoder.cli.completion_options import (
     DTYPES,
+    adapter_option,
     revision_option,
     threads_option,
     vocabulary_dtype_option,
@@ -53,6 +54,7 @@ class JobOptions:
     revision: str | None
     dtype: str | None
     vocabulary_dtype: str | None
+    adapter: str | None
     threads: int | None
     max_context: int | None
     ray: str | None
@@ -102,6 +104,7 @@ class JobOptions:
             revision=self.revision,
             dtype=self.dtype,
             vocabulary_dtype=self.vocabulary_dtype,
+            adapter=self.adapter,
             threads=self.threads,
             max_context=self.max_context,
         )
@@ -161,6 +164,7 @@ def job_options(*, model: str | None) -> Decorator:
             help="Format of the weights.  [default: int8, or what a packed folder holds]",
         ),
         vocabulary_dtype_option,
+        adapter_option,
         threads_option,
         click.option("--max-context", type=int, help="Most tokens of a text.  [default: the model's]"),
         *_RAY_OPTIONS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, Final
 
@@ -16,20 +16,21 @@ _ERROR: Final = "error"
 _NUMERIC: Final = ("integer", "number")
 
 
-def write_result_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Prints results as they come; the first ones decide the widths.
+def write_result_table(blocks: Iterable[Iterator[Mapping[str, Any]]], columns: Mapping[str, str]) -> None:
+    """Prints results as they come; the first ones of the first block decide the widths.
 
     Args:
-        rows: the results.
+        blocks: the results, in parts between which there may be long waits.
         columns: name -> kind; `error` is shown behind the rows that failed.
     """
     shown = {name: kind for name, kind in columns.items() if name != _ERROR}
-    stream = iter(rows)
-    first = list(islice(stream, _NUM_MEASURED))
+    stream = iter(blocks)
+    rest = next(stream, iter(()))
+    first = list(islice(rest, _NUM_MEASURED))
     measured = [list(shown), *(_cells(row, shown) for row in first)]
     widths = [max(map(len, column)) for column in zip(*measured, strict=True)]
     _write_line(list(shown), shown, widths)
-    for row in chain(first, stream):
+    for row in chain(first, rest, chain.from_iterable(stream)):
         _write_line(_cells(row, shown), shown, widths, error=row.get(_ERROR))
 
 

@@ -9,6 +9,7 @@ import click
 
 from modernbert_decoder.cli.interrupts import interrupts_deferred
 from modernbert_decoder.cli.job_options import JobOptions, job_options, length_options
+from modernbert_decoder.engine.choices import NORMALIZATIONS
 from modernbert_decoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _OF_CANDIDATES: Final = ("normalization", "unconditional_text")
 @click.option("--candidates-column", metavar="COLUMN", help="Column that holds each row's own candidates.")
 @click.option(
     "--normalization",
-    type=click.Choice(["sum", "token", "byte", "unconditional"]),
+    type=click.Choice(NORMALIZATIONS),
     help="Log-probability as it is, per token, per byte, or less that without the text.  [default: sum]",
 )
 @click.option(
@@ -77,6 +78,8 @@ def _check_purpose(own: dict[str, Any]) -> None:
         raise InputError("a --candidate is empty; there is nothing to rank it by")
     if own["query"] is None:
         _refuse(own, _OF_QUERIES, "candidates")
+        if own["unconditional_text"] and own["normalization"] != "unconditional":
+            raise InputError("--unconditional-text goes with --normalization unconditional only")
         return
     if not own["query"].strip():
         raise InputError("--query is empty; give the words that the texts should fit")

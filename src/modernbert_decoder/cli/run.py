@@ -30,7 +30,7 @@ _OWN_OPTIONS: Final[Mapping[str, frozenset[str]]] = {
     EXTRACTION: frozenset({"truncation"}),
 }
 _MODEL_OPTIONS: Final = frozenset(
-    {"model", "revision", "dtype", "vocabulary_dtype", "threads", "max_context"}
+    {"model", "revision", "dtype", "vocabulary_dtype", "adapter", "threads", "max_context"}
 )
 _SHARED_OPTIONS: Final = _MODEL_OPTIONS | {"task", "device", "prompt"}
 _NOT_FOR_GENERATION: Final = frozenset().union(*_OWN_OPTIONS.values()) - {"top_k"}
@@ -122,24 +122,39 @@ def _run_task(task: str, prompt: str | None, device: str, given: dict[str, Any])
 
     providers = engine_providers(device_on_cli(device), shown=device)
     of_model = {name: given.pop(name) for name in _MODEL_OPTIONS if name in given}
+    reads_lines = prompt is None or prompt == "-"
+    if reads_lines and sys.stdin is None:
+        raise InputError("there is no text: none was given and standard input is closed")
     with LLM(of_model.pop("model"), providers=providers, **of_model) as llm:
         run = pipeline(task, llm, **given)
-        for result in run(_lines() if prompt is None or prompt == "-" else iter([prompt])):
+        results = run(_lines() if reads_lines else iter([prompt]))
+        for result in _with_line_numbers(results) if reads_lines else results:
             write(json.dumps(result, allow_nan=False) + "\n")
+
+
+def _with_line_numbers(results: Iterator[Any]) -> Iterator[Any]:
+    """The results of the lines of standard input; what is wrong with one comes behind those before it.
+
+    Raises:
+        InputError: with the number of the line.
+    """
+    number = 1
+    try:
+        for result in results:
+            yield result
+            number += 1
+    except InputError as error:
+        raise InputError(f"line {number} of standard input: {error.on_command_line()}") from error
 
 
 def _lines() -> Iterator[str]:
     """The lines of standard input, which is UTF-8 whatever the locale, without their line breaks.
 
     Raises:
-        InputError: standard input is closed, or a line is not UTF-8.
+        InputError: a line is not UTF-8.
     """
-    if sys.stdin is None:
-        raise InputError("there is no text: none was given and standard input is closed")
-    for number, line in enumerate(sys.stdin.buffer, 1):
+    for line in sys.stdin.buffer:
         try:
             yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError:
-            raise InputError(
-                f"line {number} of standard input is not valid UTF-8; convert it first"
-            ) from None
+            raise InputError("it is not valid UTF-8; convert it first") from None

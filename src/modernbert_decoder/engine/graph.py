@@ -46,6 +46,7 @@ def build_graph(
     *,
     num_positions: int,
     activation_levels: int = 127,
+    is_selective: bool = False,
 ) -> bytes:
     """The serialized graph, without weights, of the model with its head.
 
@@ -56,11 +57,20 @@ def build_graph(
     norm; `present_key.i`, `present_value.i`. M and N may be 0: what nobody asks for is not computed. The bare
     model has neither `logits` nor `logit_positions`.
 
+    In a selective graph the last layer takes keys and values of all tokens, but everything else only of those
+    that are asked for, Q of each row. `logit_positions` and `state_positions` are then indices into these
+    B * Q. Further inputs: `selected` (B, Q) int64, indices into the B * S tokens; `positions` (B, S) and
+    `selected_positions` (B, Q) int64, places in their texts; `visible` (B, 1, Q, T + S), 0 where a key is
+    seen and minus infinity elsewhere; `num_keys`, T and S. `past_key.i` and `past_value.i` of the last layer
+    hold T positions, its `present_key.i` and `present_value.i` those of the new tokens alone, for the caller
+    to put behind the others. The weights are those of `selective.divided_projection`.
+
     Args:
         architecture: of the model.
         scheme: of its weights.
         num_positions: rows of the rotary tables.
         activation_levels: of each sign, where activations are rounded token by token.
+        is_selective: see above; the last layer must be a full one.
 
     Raises:
         ConfigurationError: a head width that ONNX Runtime's rotary kernel cannot take.
@@ -71,7 +81,7 @@ def build_graph(
             f"num_attention_heads {architecture.num_attention_heads}); the engine needs a multiple of 16"
         )
     graph = _GraphBuilder(architecture, scheme, num_positions, activation_levels)
-    graph.build()
+    graph.build(is_selective=is_selective)
     return graph.serialized()
 
 
@@ -95,12 +105,15 @@ class _GraphBuilder:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
 
-    def build(self) -> None:
+    def build(self, *, is_selective: bool) -> None:
         """Walks through the model once, from ids to states and logits."""
         self._declare_inputs()
         x = self.embeddings()
-        for index in range(self.architecture.num_hidden_layers):
+        num_layers = self.architecture.num_hidden_layers
+        for index in range(num_layers - is_selective):
             x = self.layer(index, x)
+        if is_selective:
+            x = self.selective_layer(num_layers - 1, x)
         # The positions are picked before the final norm and the head: other tokens never see either.
         x = self.op("Reshape", [x, self.constant("token_rows", [-1, self.architecture.hidden_size])])
         states = self.op("Gather", [x, "state_positions"])
@@ -142,9 +155,7 @@ class _GraphBuilder:
         is_sliding = kind is LayerKind.SLIDING
         name = f"model.layers.{index}.attn"
         qkv = self.linear(f"{name}.Wqkv", h)
-        rotary = rotary_name(self.architecture, kind)
-        table_shape = (self.num_positions, self.architecture.head_dim // 2)
-        cos, sin = (self.external(f"{rotary}.{part}", table_shape) for part in ("cos", "sin"))
+        cos, sin = self._rotary_tables(index)
         past = [f"past_key.{index}", f"past_value.{index}"]
         present = [f"present_key.{index}", f"present_value.{index}"]
         capacity = "R" if is_sliding else "P"
@@ -169,6 +180,96 @@ class _GraphBuilder:
             **(window if is_sliding else {}),
         )
         return self.linear(f"{name}.Wo", output)
+
+    def selective_layer(self, index: int, x: str) -> str:
+        """The residual stream (B, Q, C) of the selected tokens after a full layer."""
+        assert self.architecture.layer_kinds[index] is LayerKind.FULL
+        name = f"model.layers.{index}"
+        width = self.architecture.hidden_size
+        self.inputs += [
+            _value("selected", TensorProto.INT64, ["B", "Q"]),
+            _value("positions", TensorProto.INT64, ["B", "S"]),
+            _value("selected_positions", TensorProto.INT64, ["B", "Q"]),
+            _value("visible", TensorProto.FLOAT, ["B", 1, "Q", "T+S"]),
+            _value("num_keys", TensorProto.INT64, [2]),
+        ]
+        h = x if index == 0 else self.norm(f"{name}.attn_norm", x)
+        x = self.select(x, width)
+        x = self.op("Add", [x, self.selective_attention(index, h)])
+        return self.op("Add", [x, self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))])
+
+    def selective_attention(self, index: int, h: str) -> str:
+        """Attention (B, Q, C) of the selected tokens to those visible to them, from plain operators."""
+        name, width = f"model.layers.{index}.attn", self.architecture.hidden_size
+        self._divide_projection(name)
+        query = self.heads(self.linear(f"{name}.Wq", self.select(h, width)))
+        query = self.rotated(index, query, "selected_positions")
+        new_key, new_value = self._new_keys_and_values(index, self.linear(f"{name}.Wkv", h))
+        heads, head_width = self.architecture.num_attention_heads, self.architecture.head_dim
+        for part, new in (("key", new_key), ("value", new_value)):
+            past = _value(f"past_{part}.{index}", TensorProto.FLOAT, ["B", heads, "T", head_width])
+            self.inputs.append(past)
+            self.outputs.append(_value(new, TensorProto.FLOAT, ["B", heads, "S", head_width]))
+        # Past and new keys are met apart: to join their scores, of few queries, costs less than to join them.
+        scale = head_width**-0.5
+        scores = [
+            self.op("FusedMatMul", [query, keys], domain=_CONTRIB, transB=1, alpha=scale)
+            for keys in (f"past_key.{index}", new_key)
+        ]
+        visible = self.op("Add", [self.op("Concat", scores, axis=-1), "visible"])
+        weights = [f"{name}.{part}_weights" for part in ("past", "new")]
+        self.multi_op("Split", [self.op("Softmax", [visible], axis=-1), "num_keys"], outputs=weights, axis=-1)
+        sums = [
+            self.op("MatMul", list(pair))
+            for pair in zip(weights, (f"past_value.{index}", new_value), strict=True)
+        ]
+        output = self.op("Transpose", [self.op("Add", sums)], perm=[0, 2, 1, 3])
+        return self.linear(
+            f"{name}.Wo", self.op("Reshape", [output, self.constant("merged_heads", [0, 0, width])])
+        )
+
+    def _divide_projection(self, name: str) -> None:
+        """Declares the two parts of `Wqkv` (`selective.divided_projection`) as matrices of their own."""
+        rows, columns = self.shapes.pop(f"{name}.Wqkv.weight")
+        self.shapes[f"{name}.Wq.weight"] = (rows // 3, columns)
+        self.shapes[f"{name}.Wkv.weight"] = (rows // 3 * 2, columns)
+        if f"{name}.Wqkv.bias" in self.shapes:
+            del self.shapes[f"{name}.Wqkv.bias"]
+            self.shapes[f"{name}.Wq.bias"] = (rows // 3,)
+            self.shapes[f"{name}.Wkv.bias"] = (rows // 3 * 2,)
+
+    def _new_keys_and_values(self, index: int, pairs: str) -> tuple[str, str]:
+        """The outputs with rotated keys and with values, (B, H, S, D) each, out of (B, S, 2C)."""
+        heads, head_width = self.architecture.num_attention_heads, self.architecture.head_dim
+        shape = self.constant("pair_of_heads", [0, 0, 2, heads, head_width])
+        apart = self.op("Transpose", [self.op("Reshape", [pairs, shape])], perm=[2, 0, 3, 1, 4])
+        keys, values = f"present_key.{index}", f"present_value.{index}"
+        # One index each, as a scalar, so that its axis goes.
+        first, second = (self.constant(f"index_{i}", i) for i in (0, 1))
+        self.rotated(index, self.op("Gather", [apart, first], axis=0), "positions", output=keys)
+        self.op("Gather", [apart, second], axis=0, output=values)
+        return keys, values
+
+    def heads(self, x: str) -> str:
+        """(B, Q, C) as (B, H, Q, D)."""
+        heads, head_width = self.architecture.num_attention_heads, self.architecture.head_dim
+        shape = self.constant("heads", [0, 0, heads, head_width])
+        return self.op("Transpose", [self.op("Reshape", [x, shape])], perm=[0, 2, 1, 3])
+
+    def rotated(self, index: int, x: str, positions: str, *, output: str | None = None) -> str:
+        """Queries or keys (B, H, S, D) at their places in the text."""
+        inputs = [x, positions, *self._rotary_tables(index)]
+        return self.op("RotaryEmbedding", inputs, output=output, domain=_CONTRIB)
+
+    def select(self, x: str, width: int) -> str:
+        """Of (B, S, width) the selected rows, (B, Q, width)."""
+        rows = self.op("Reshape", [x, self.constant("token_rows", [-1, width])])
+        return self.op("Gather", [rows, "selected"])
+
+    def _rotary_tables(self, index: int) -> list[str]:
+        rotary = rotary_name(self.architecture, self.architecture.layer_kinds[index])
+        table_shape = (self.num_positions, self.architecture.head_dim // 2)
+        return [self.external(f"{rotary}.{part}", table_shape) for part in ("cos", "sin")]
 
     def mlp(self, name: str, h: str) -> str:
         """The gated feed-forward block."""

@@ -26,7 +26,11 @@ PROBE_LENGTH: Final = 64
 
 
 def cached_graph(
-    architecture: DecoderArchitecture, scheme: QuantizationScheme, *, num_positions: int
+    architecture: DecoderArchitecture,
+    scheme: QuantizationScheme,
+    *,
+    num_positions: int,
+    is_selective: bool = False,
 ) -> bytes:
     """What `build_graph` returns for these arguments, from the cache folder where it is there.
 
@@ -39,9 +43,15 @@ def cached_graph(
     def build() -> bytes:
         from modernbert_decoder.engine.graph import build_graph
 
-        return build_graph(architecture, scheme, num_positions=num_positions, activation_levels=levels)
+        return build_graph(
+            architecture,
+            scheme,
+            num_positions=num_positions,
+            activation_levels=levels,
+            is_selective=is_selective,
+        )
 
-    return _cached(_path(architecture, scheme, num_positions, levels), build)
+    return _cached(_path(architecture, scheme, num_positions, levels, is_selective), build)
 
 
 def products_saturate() -> bool:
@@ -89,12 +99,16 @@ def _read(path: Path) -> bytes | None:
 
 
 def _path(
-    architecture: DecoderArchitecture, scheme: QuantizationScheme, num_positions: int, levels: int
+    architecture: DecoderArchitecture,
+    scheme: QuantizationScheme,
+    num_positions: int,
+    levels: int,
+    is_selective: bool,
 ) -> Path:
     """A name that changes with anything the graph depends on, the code that builds it included."""
     key = hashlib.sha256()
     for source in (Path(__file__).with_name("graph.py"), Path(weights.__file__), Path(quantization.__file__)):
         key.update(source.read_bytes())
-    key.update(json.dumps([scheme.to_dict(), num_positions, levels], sort_keys=True).encode())
+    key.update(json.dumps([scheme.to_dict(), num_positions, levels, is_selective], sort_keys=True).encode())
     key.update(repr(architecture).encode())
     return cache_folder() / "graphs" / f"{key.hexdigest()[:32]}.onnx"

@@ -5,7 +5,7 @@ context, but memory is taken page by page as tokens arrive, and given back when 
 requests do not pay for 64 contexts. A sliding layer keeps the window and some slack. Slots in use are always
 0..n-1, so that a range of rows is one block of memory. This module knows nothing of sessions or requests.
 
-Legend: H heads, D head width.
+Legend: H heads, D head width, F full and S sliding layers, W window.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -22,6 +23,8 @@ from modernbert_decoder.architecture import DecoderArchitecture, LayerKind
 from modernbert_decoder.errors import InputError
 
 Float32 = NDArray[np.float32]
+Layers = Sequence[tuple[Float32, Float32]]
+"""Keys and values of every layer, (B, H, capacity, D) each."""
 
 # Positions a ring holds beyond the window: it is compacted once in (slack + 1) tokens, not at every token.
 RING_SLACK: Final = 64
@@ -80,6 +83,11 @@ class KVCache:
             self.ring_capacity if kind is LayerKind.SLIDING else capacity for kind in architecture.layer_kinds
         ]
         slot_bytes = 2 * sum(rows) * heads * width * 4
+        # What one token takes in all full layers, and in all sliding ones.
+        self._token_bytes = (
+            2 * architecture.num_full_layers * heads * width * 4,
+            2 * architecture.num_sliding_layers * heads * width * 4,
+        )
         buffers = [
             [SlotBuffer((num_slots, heads, count, width), slot_bytes=slot_bytes) for _ in ("key", "value")]
             for count in rows
@@ -143,6 +151,91 @@ class KVCache:
         other.index = place
         self._slots[place] = other
 
+    def num_reversible(self, length: int) -> int:
+        """How many tokens may follow `length` and be taken back by `truncate`; negative without room for it.
+
+        A ring that is compacted loses positions which a shorter text still sees.
+        """
+        room = self.capacity - length
+        if not self.architecture.num_sliding_layers:
+            return room
+        return min(room, self.ring_capacity - self._ring_length(length))
+
+    def truncate(self, slot: Slot, length: int) -> None:
+        """Takes the slot's last tokens back, at most `num_reversible(length)`.
+
+        Their keys and values stay where they are: raising `slot.length` again brings them back.
+        """
+        assert 0 <= slot.length - length <= self.num_reversible(length), (slot.length, length)
+        slot.length = length
+
+    def save_full(self, slot: Slot, begin: int, end: int) -> Float32:
+        """A copy of the full layers' keys and values from position `begin` to `end`, (2F, H, -, D)."""
+        assert 0 <= begin <= end <= slot.length, (begin, end, slot.length)
+        return self._stacked(
+            [buffer[slot.index, :, begin:end] for buffer in self._buffers(LayerKind.FULL)], end - begin
+        )
+
+    def has_window(self, slot: Slot, length: int) -> bool:
+        """Whether the rings still hold all that the token behind the first `length` sees."""
+        first = slot.length - self._ring_length(slot.length)
+        begin = max(0, length - self._num_visible)
+        return length <= slot.length and (begin >= first or begin == length)
+
+    def save_window(self, slot: Slot, length: int) -> Float32:
+        """A copy of what the token behind the first `length` sees in the rings, (2S, H, up to W - 1, D)."""
+        assert self.has_window(slot, length), (slot.length, length)
+        first = slot.length - self._ring_length(slot.length)
+        begin, end = max(0, length - self._num_visible) - first, length - first
+        return self._stacked(
+            [buffer[slot.index, :, begin:end] for buffer in self._buffers(LayerKind.SLIDING)], end - begin
+        )
+
+    def restore(self, slot: Slot, full: Sequence[Float32], window: Float32) -> None:
+        """Fills an empty slot with pieces of `save_full`, from position 0 on, and what `save_window` gave."""
+        assert slot.length == 0, "restored slots are empty"
+        length = 0
+        for piece in full:
+            end = length + piece.shape[2]
+            for buffer, saved in zip(self._buffers(LayerKind.FULL), piece, strict=True):
+                buffer[slot.index, :, length:end] = saved
+            length = end
+        end = self._ring_length(length)
+        begin = end - window.shape[2]
+        for buffer, saved in zip(self._buffers(LayerKind.SLIDING), window, strict=True):
+            # No later token sees these rows, but whatever is not a number there would spoil its sums.
+            buffer[slot.index, :, :begin] = 0
+            buffer[slot.index, :, begin:end] = saved
+        slot.length = length
+
+    def saved_bytes(self, num_full: int, num_window: int) -> int:
+        """Bytes of copies of that many tokens of the full layers and of the rings."""
+        architecture = self.architecture
+        per_layer = 2 * 4 * architecture.num_attention_heads * architecture.head_dim
+        num_sliding = architecture.num_sliding_layers * min(num_window, self._num_visible)
+        return per_layer * (architecture.num_full_layers * num_full + num_sliding)
+
+    @property
+    def _num_visible(self) -> int:
+        """Most earlier positions that a token sees in a ring."""
+        return self.architecture.window - 1
+
+    def _buffers(self, kind: LayerKind) -> Iterator[Float32]:
+        for each, pair in zip(self.architecture.layer_kinds, self.layers, strict=True):
+            if each is kind:
+                yield from pair
+
+    def _stacked(self, views: list[Float32], count: int) -> Float32:
+        architecture = self.architecture
+        shape = (len(views), architecture.num_attention_heads, count, architecture.head_dim)
+        stacked = np.empty(shape, np.float32)
+        for i, view in enumerate(views):
+            stacked[i] = view
+        return stacked
+
+    def _ring_length(self, length: int) -> int:
+        return ring_length(length, self.ring_capacity, self.architecture.window)
+
     def reset(self) -> None:
         """Frees every slot, also after a move that was interrupted half-way."""
         for slot in {*self._slots}:
@@ -158,10 +251,13 @@ class KVCache:
 
     def bytes_at(self, length: int) -> int:
         """Bytes that hold the keys and values of one slot with `length` tokens."""
-        return sum(
-            2 * rows * keys.shape[1] * keys.shape[3] * keys.itemsize
-            for (keys, _), rows in zip(self.layers, self._filled_rows(length), strict=True)
-        )
+        in_full, in_ring = self._token_bytes
+        return in_full * length + in_ring * self._ring_length(length)
+
+    def peak_bytes(self, length: int) -> int:
+        """Most bytes that one slot holds on its way to `length` tokens: a ring is fullest before it wraps."""
+        in_full, in_ring = self._token_bytes
+        return in_full * length + in_ring * min(length, self.ring_capacity)
 
     def used_bytes(self) -> int:
         """Bytes that hold keys and values of the slots in use."""
@@ -212,7 +308,7 @@ class KVCache:
 
     def _filled_rows(self, length: int) -> list[int]:
         """How many rows of each layer's buffer hold something after `length` tokens."""
-        in_ring = ring_length(length, self.ring_capacity, self.architecture.window)
+        in_ring = self._ring_length(length)
         is_sliding = (kind is LayerKind.SLIDING for kind in self.architecture.layer_kinds)
         return [in_ring if sliding else length for sliding in is_sliding]
 

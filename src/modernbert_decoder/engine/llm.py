@@ -16,10 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import Head
-from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
+from modernbert_decoder.checkpoint import find_checkpoint
+from modernbert_decoder.engine.completing import Completions, one_for_each
 from modernbert_decoder.engine.driver import Driver
 from modernbert_decoder.engine.kv_cache import KVCache
-from modernbert_decoder.engine.loading import check_sizes, context_of, open_runtime
+from modernbert_decoder.engine.likelihoods import Continued, Likelihood, Likelihoods
+from modernbert_decoder.engine.loading import (
+    check_sizes,
+    context_of,
+    open_checkpoint,
+    open_runtime,
+    require_head,
+)
 from modernbert_decoder.engine.outputs import (
     ClassificationOutput,
     CompletionOutput,
@@ -32,18 +40,20 @@ from modernbert_decoder.engine.outputs import (
     TextError,
     Timings,
 )
-from modernbert_decoder.engine.prompts import Prompt, Text, as_list, checked_ids, is_text, progress_bar
+from modernbert_decoder.engine.prefix_cache import PrefixCache
+from modernbert_decoder.engine.progress import progress_bar
+from modernbert_decoder.engine.prompts import Prompt, Text, as_list, checked_integer
 from modernbert_decoder.engine.ranking import Ranking
 from modernbert_decoder.engine.reading import Reader
 from modernbert_decoder.engine.reading_jobs import Classification, Embedding, HiddenStates, TemplateEncoder
-from modernbert_decoder.engine.request import Request
 from modernbert_decoder.engine.sampling_params import SamplingParams
 from modernbert_decoder.engine.scheduler import Scheduler
 from modernbert_decoder.engine.scoring import Scoring
+from modernbert_decoder.engine.speculation import Speculation, open_speculator
+from modernbert_decoder.engine.structured import Constraints, StructuredOutput
 from modernbert_decoder.engine.weights import resolve_scheme
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.machine import usable_threads
-from modernbert_decoder.spellings import CLASS_NAMES
 from modernbert_decoder.tokenizer import Tokenizer
 
 __all__ = [
@@ -64,11 +74,6 @@ DEFAULT_MAX_SLOTS: Final = 32
 DEFAULT_CHUNK_SIZE: Final = 256
 DEFAULT_MAX_BATCH_TOKENS: Final = 512
 
-_HEAD_NAMES: Final = {
-    Head.CAUSAL_LM: "a language-model head",
-    Head.SEQUENCE_CLASSIFICATION: "a classification head",
-    Head.NONE: "no head",
-}
 Result = TypeVar("Result")
 
 
@@ -83,6 +88,7 @@ class LLM:
             products of 8-bit integers, reads texts fastest (docs/design.md).
         vocabulary_dtype: another format for the embedding and vocabulary matrix; "int4" there is the pure
             4-bit model, smaller and faster than the default of int4, and less exact (docs/benchmarks.md).
+        adapter: a folder with a LoRA adapter in PEFT's format, merged in before weights are rounded.
         revision: branch, tag or commit on the Hub.
         cache_dir: where Hub downloads are kept.
         threads: for the kernels; by default the processors this process may use.
@@ -91,6 +97,10 @@ class LLM:
         chunk_size: prompt tokens per step: smaller ones delay running streams less, larger ones are faster.
         max_batch_tokens: most tokens of a batch of texts that are classified, embedded, scored or ranked,
             padding included. More is not faster on processors: the batch then leaves their caches.
+        prefix_cache_bytes: memory for the beginnings of earlier texts: prompts that share one do not compute
+            it again. 0 keeps none.
+        speculation: guess several tokens ahead and verify them in one step. What is generated does not
+            depend on the guesses, but for rounding (see `Speculation`).
         providers: ONNX Runtime execution providers, in order of preference.
         show_progress: draw progress bars while downloading, if standard error is a terminal.
 
@@ -105,6 +115,7 @@ class LLM:
         *,
         dtype: str | None = None,
         vocabulary_dtype: str | None = None,
+        adapter: str | Path | None = None,
         revision: str | None = None,
         cache_dir: Path | None = None,
         threads: int | None = None,
@@ -112,6 +123,8 @@ class LLM:
         max_context: int | None = None,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+        prefix_cache_bytes: int = 0,
+        speculation: Speculation | None = None,
         providers: Sequence[str] | None = None,
         show_progress: bool = True,
     ) -> None:
@@ -122,8 +135,9 @@ class LLM:
             chunk_size=chunk_size,
             max_batch_tokens=max_batch_tokens,
         )
+        checked_integer("prefix_cache_bytes", prefix_cache_bytes, 0)
         folder = find_checkpoint(model, revision=revision, cache_dir=cache_dir, show_progress=show_progress)
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = open_checkpoint(folder, adapter)
         self.architecture = checkpoint.architecture
         self.max_context = context_of(max_context, self.architecture)
         self.tokenizer = Tokenizer.from_folder(folder, self.architecture)
@@ -140,12 +154,42 @@ class LLM:
             providers=providers,
         )
         ends = {*checkpoint.eos_token_ids, self.tokenizer.sep_token_id}
+        eos_token_ids = sorted(token_id for token_id in ends if token_id is not None)
+        self._constraints = Constraints(
+            self.tokenizer, vocab_size=self.architecture.vocab_size, eos_token_ids=eos_token_ids
+        )
+        self._speculator = (
+            None
+            if speculation is None
+            else open_speculator(
+                speculation,
+                self._runtime,
+                self.tokenizer,
+                chunk_size=chunk_size,
+                threads=self.threads,
+                providers=providers,
+                cache_dir=cache_dir,
+                show_progress=show_progress,
+            )
+        )
         scheduler = Scheduler(
             self._runtime,
-            eos_token_ids=sorted(token_id for token_id in ends if token_id is not None),
+            eos_token_ids=eos_token_ids,
             chunk_size=chunk_size,
+            prefix_cache=PrefixCache(self._runtime.cache, max_bytes=prefix_cache_bytes)
+            if prefix_cache_bytes
+            else None,
+            speculator=self._speculator,
         )
         self._driver = Driver(scheduler)
+        self._completions = Completions(
+            self._driver,
+            tokenizer=self.tokenizer,
+            architecture=self.architecture,
+            max_context=self.max_context,
+            constraints=self._constraints,
+            model=self._model,
+        )
         self._reader = Reader(
             self._runtime,
             self._driver.compute,
@@ -173,10 +217,8 @@ class LLM:
                 fit the context.
         """
         listed = as_list(prompts)
-        params = _one_for_each(sampling_params, len(listed))
-        groups = [self._requests(prompt, each) for prompt, each in zip(listed, params, strict=True)]
-        self._run(groups, "generate" if use_tqdm else None)
-        return [_request_output(prompt, group) for prompt, group in zip(listed, groups, strict=True)]
+        params = one_for_each(sampling_params, len(listed))
+        return self._completions.run(listed, params, description="generate" if use_tqdm else None)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -188,20 +230,7 @@ class LLM:
         Raises:
             InputError: as for `generate`.
         """
-        return self._stream(self._requests(prompt, sampling_params or SamplingParams()))
-
-    def _stream(self, requests: list[Request]) -> Generator[StreamChunk, None, None]:
-        try:
-            self._driver.submit([requests])
-            running = requests
-            while running:
-                chunks, running = self._driver.advance(running)
-                yield from chunks
-                for request in requests:
-                    if request.error is not None:
-                        raise request.error
-        finally:
-            self._driver.abort(requests)
+        return self._completions.stream(prompt, sampling_params or SamplingParams())
 
     def classify(
         self,
@@ -225,7 +254,7 @@ class LLM:
         """
         listed = as_list(texts)
         outputs = self.iter_classify(listed, truncate=truncate, max_length=max_length)
-        return _all(outputs, len(listed), "classify" if use_tqdm else None)
+        return collected(outputs, len(listed), "classify" if use_tqdm else None)
 
     def iter_classify(
         self, texts: Iterable[Text], *, truncate: bool = False, max_length: int | None = None
@@ -263,7 +292,7 @@ class LLM:
             listed, pooling=pooling, normalize=normalize, truncate=truncate, max_length=max_length
         )
         vectors = np.empty((len(listed), self.architecture.hidden_size), np.float32)
-        for i, output in enumerate(_all(outputs, len(listed), "embed" if use_tqdm else None)):
+        for i, output in enumerate(collected(outputs, len(listed), "embed" if use_tqdm else None)):
             vectors[i] = output.embedding
         return vectors
 
@@ -291,7 +320,7 @@ class LLM:
         """States (tokens, width) of every token of each text, after the final norm; texts as in `embed`."""
         listed = as_list(texts)
         states = self.iter_hidden_states(listed, truncate=truncate, max_length=max_length)
-        return _all(states, len(listed), "states" if use_tqdm else None)
+        return collected(states, len(listed), "states" if use_tqdm else None)
 
     def iter_hidden_states(
         self, texts: Iterable[Text], *, truncate: bool = False, max_length: int | None = None
@@ -301,7 +330,12 @@ class LLM:
         return self._reader.read(texts, HiddenStates(encoder))
 
     def score(
-        self, texts: Prompt | Sequence[Prompt], *, stride: int | None = None, use_tqdm: bool = False
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        stride: int | None = None,
+        top_logprobs: int = 0,
+        use_tqdm: bool = False,
     ) -> list[Score]:
         """The log-probability of every token of each text given the tokens before it.
 
@@ -310,16 +344,18 @@ class LLM:
             stride: texts longer than the context are read in windows that start with `[CLS]` and begin
                 `stride` tokens after each other; every token is scored once, with at least
                 `max_context - stride` tokens before it. Without it such texts are refused.
+            top_logprobs: how many of the most likely tokens to report at each place.
             use_tqdm: draw a progress bar on standard error.
 
         Raises:
             InputError: the checkpoint has no language-model head, or a text cannot be used.
         """
         listed = as_list(texts)
-        return _all(self.iter_score(listed, stride=stride), len(listed), "score" if use_tqdm else None)
+        scores = self.iter_score(listed, stride=stride, top_logprobs=top_logprobs)
+        return collected(scores, len(listed), "score" if use_tqdm else None)
 
     def iter_score(
-        self, texts: Iterable[Prompt], *, stride: int | None = None
+        self, texts: Iterable[Prompt], *, stride: int | None = None, top_logprobs: int = 0
     ) -> Iterator[Score | TextError]:
         """`score` for any number of texts, lazily and in bounded memory; bad texts give a `TextError`."""
         self._require(Head.CAUSAL_LM, "score")
@@ -328,6 +364,7 @@ class LLM:
             vocab_size=self.architecture.vocab_size,
             context=self.max_context,
             stride=stride,
+            num_top=top_logprobs,
         )
         return self._reader.read(texts, job)
 
@@ -358,7 +395,7 @@ class LLM:
         ranked = self.iter_rank(
             [(text, candidates)], normalization=normalization, unconditional_text=unconditional_text
         )
-        return _all(ranked, 1, None)[0]
+        return collected(ranked, 1, None)[0]
 
     def iter_rank(
         self,
@@ -378,6 +415,28 @@ class LLM:
         )
         return self._reader.read(items, job)
 
+    def iter_likelihoods(self, items: Iterable[Continued]) -> Iterator[list[Likelihood] | TextError]:
+        """How probable given tokens are after given others, for any number of contexts, lazily.
+
+        Args:
+            items: token ids of a context, used as they are, and those of each of its continuations. What
+                they have in common is read once.
+
+        Raises:
+            InputError: the checkpoint has no language-model head.
+        """
+        self._require(Head.CAUSAL_LM, "score")
+        job = Likelihoods(vocab_size=self.architecture.vocab_size, context=self.max_context)
+        return self._reader.read(items, job)
+
+    def check_structured(self, structured: StructuredOutput) -> None:
+        """Compiles structured output, which takes its time; requests that ask for it later find it done.
+
+        Raises:
+            InputError: it cannot be compiled, or llguidance is not installed.
+        """
+        self._constraints.matcher(structured)
+
     @property
     def cache(self) -> KVCache:
         """The slots and their bytes."""
@@ -391,11 +450,13 @@ class LLM:
     def close(self) -> None:
         """Releases the session and the cache; the object cannot be used afterwards.
 
-        Open streams, and calls of other threads, end with a `RuntimeError`.
+        Open streams, and calls of other threads, end with `EngineClosedError`.
         """
         if not self._driver.is_closed:
             self._driver.close()
             self._reader.close()
+            if self._speculator is not None:
+                self._speculator.close()
             self._runtime.close()
 
     def __enter__(self) -> LLM:
@@ -405,63 +466,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _run(self, groups: list[list[Request]], description: str | None) -> None:
-        """Runs all requests to their ends; none is left in the scheduler, whatever happens."""
-        requests = [request for group in groups for request in group]
-        progress = progress_bar(description, len(requests))
-        driver = self._driver
-        num_ended = driver.num_ended
-        try:
-            driver.submit(groups)
-            running = requests
-            while running:
-                driver.step()
-                if driver.num_ended != num_ended:
-                    num_ended = driver.num_ended
-                    num_before = len(running)
-                    running = [request for request in running if not request.is_finished]
-                    progress.update(num_before - len(running))
-        finally:
-            progress.close()
-            driver.abort(requests)
-        for request in requests:
-            if request.error is not None:
-                raise request.error
-
-    def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
-        """The completions of one prompt, checked against the vocabulary and the context."""
-        self._require(Head.CAUSAL_LM, "generate")
-        params.validate_against(self.architecture.vocab_size)
-        ids = self._prompt_ids(prompt)
-        room = self.max_context - len(ids)
-        if params.min_tokens > room:
-            raise InputError(
-                f"min_tokens is {params.min_tokens}, but behind the {len(ids)} tokens of the prompt the "
-                f"context of {self.max_context} holds {room}; lower min_tokens or shorten the prompt"
-            )
-        if room < (params.max_tokens or 1):
-            wanted = f"max_tokens is {params.max_tokens}" if params.max_tokens else "one token is wanted"
-            raise InputError(
-                f"the prompt has {len(ids)} tokens and {wanted}, but the context holds {self.max_context}; "
-                "shorten the prompt, lower max_tokens, or set max_tokens=None to fill what is left"
-            )
-        max_tokens = params.max_tokens or room
-        return [
-            Request(ids, params, tokenizer=self.tokenizer, max_tokens=max_tokens, index=index)
-            for index in range(params.n)
-        ]
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if not is_text(prompt):
-            return checked_ids(prompt, self.architecture.vocab_size)
-        assert isinstance(prompt, str)
-        if not prompt:
-            raise InputError(
-                "the prompt is empty; to write from nothing, pass the token ids "
-                f"[{self.tokenizer.cls_token_id}], which is [CLS] alone"
-            )
-        return self.tokenizer.encode(prompt)
 
     def _template_encoder(self, *, truncate: bool, max_length: int | None) -> TemplateEncoder:
         return TemplateEncoder(
@@ -474,16 +478,13 @@ class LLM:
 
     def _require(self, head: Head, job: str) -> None:
         """Refuses a job that needs another head than the checkpoint has, and any job after `close`."""
-        if self._driver.is_closed:
-            raise RuntimeError("this LLM is closed; open a new one")
-        if self.architecture.head is not head:
-            raise InputError(
-                f"{self._model} has {_HEAD_NAMES[self.architecture.head]} and cannot {job}, which takes "
-                f"{_HEAD_NAMES[head]}; load a {CLASS_NAMES[head]} checkpoint"
-            )
+        self._driver.check_open()
+        require_head(self.architecture, head, model=self._model, job=job)
 
 
-def _all(outputs: Iterable[Result | TextError], count: int, description: str | None) -> list[Result]:
+def collected(
+    outputs: Iterable[Result | TextError], count: int, description: str | None = None
+) -> list[Result]:
     """All results, or the first error."""
     progress = progress_bar(description, count)
     results: list[Result] = []
@@ -497,29 +498,3 @@ def _all(outputs: Iterable[Result | TextError], count: int, description: str | N
     finally:
         progress.close()
     return results
-
-
-def _one_for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise InputError(f"there are {count} prompts and {len(params)} sampling_params; give one for each")
-    return params
-
-
-def _request_output(prompt: Prompt, group: list[Request]) -> RequestOutput:
-    leader = group[0]
-    outputs = tuple(request.output() for request in group)
-    first = min(request.first_token_at for request in group)
-    timings = Timings(
-        queue_seconds=leader.admitted_at - leader.submitted_at,
-        prefill_seconds=first - leader.admitted_at,
-        decode_seconds=max(request.finished_at for request in group) - first,
-        num_prompt_tokens=len(leader.prompt_ids),
-        num_output_tokens=sum(len(output.token_ids) for output in outputs),
-        num_completions=len(outputs),
-    )
-    text = prompt if isinstance(prompt, str) else None
-    return RequestOutput(text, tuple(leader.prompt_ids), outputs, timings)

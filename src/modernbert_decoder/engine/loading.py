@@ -6,17 +6,26 @@ This module puts them together; it knows nothing of requests or texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
-from modernbert_decoder.architecture import DecoderArchitecture
+from modernbert_decoder.architecture import DecoderArchitecture, Head
 from modernbert_decoder.checkpoint import Checkpoint
 from modernbert_decoder.engine.graph_cache import cached_graph
 from modernbert_decoder.engine.prompts import checked_integer, is_integer
 from modernbert_decoder.engine.runtime import CPU_PROVIDER, Runtime
+from modernbert_decoder.engine.selective import divided_projection, is_worthwhile
 from modernbert_decoder.engine.weights import load_weights, rotary_tables
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.machine import MAX_THREADS
 from modernbert_decoder.quantization import QuantizationScheme
+from modernbert_decoder.spellings import CLASS_NAMES
+
+_HEAD_NAMES: Final = {
+    Head.CAUSAL_LM: "a language-model head",
+    Head.SEQUENCE_CLASSIFICATION: "a classification head",
+    Head.NONE: "no head",
+}
 
 
 def context_of(max_context: Any, architecture: DecoderArchitecture) -> int:
@@ -48,6 +57,33 @@ def check_sizes(*, threads: Any, providers: Any, **sizes: Any) -> None:
         raise InputError(f"providers must be a list of names such as {[CPU_PROVIDER]}, got {providers!r}")
 
 
+def require_head(architecture: DecoderArchitecture, head: Head, *, model: str, job: str) -> None:
+    """Refuses a job that takes another head than the checkpoint has.
+
+    Raises:
+        InputError: it has another one.
+    """
+    if architecture.head is not head:
+        raise InputError(
+            f"{model} has {_HEAD_NAMES[architecture.head]} and cannot {job}, which takes "
+            f"{_HEAD_NAMES[head]}; load a {CLASS_NAMES[head]} checkpoint"
+        )
+
+
+def open_checkpoint(folder: Path, adapter: str | Path | None) -> Checkpoint:
+    """The checkpoint in a folder, with a LoRA adapter merged in where one is given.
+
+    Raises:
+        UserError: either of them cannot be used.
+    """
+    checkpoint = Checkpoint.open(folder)
+    if adapter is None:
+        return checkpoint
+    from modernbert_decoder.engine.adapters import with_adapter
+
+    return with_adapter(checkpoint, adapter)
+
+
 def open_runtime(
     checkpoint: Checkpoint,
     scheme: QuantizationScheme,
@@ -59,8 +95,11 @@ def open_runtime(
 ) -> Runtime:
     """A runtime on the checkpoint's weights, taken from the cache folder or put there."""
     architecture = checkpoint.architecture
-    graph = cached_graph(architecture, scheme, num_positions=context_length)
+    is_selective = is_worthwhile(architecture)
+    graph = cached_graph(architecture, scheme, num_positions=context_length, is_selective=is_selective)
     weights = load_weights(checkpoint, scheme, threads=threads)
+    if is_selective:
+        weights = divided_projection(weights, architecture, scheme)
     return Runtime(
         architecture,
         graph,
@@ -69,4 +108,5 @@ def open_runtime(
         context_length=context_length,
         threads=threads,
         providers=tuple(providers or (CPU_PROVIDER,)),
+        is_selective=is_selective,
     )

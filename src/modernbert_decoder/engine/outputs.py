@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from modernbert_decoder.errors import InputError
+
 
 class Logprob(NamedTuple):
     """A token's natural-log probability in the raw model distribution, its rank (1 is best) and its text."""
@@ -28,7 +30,8 @@ class CompletionOutput:
         token_ids: everything generated, a stop token included.
         cumulative_logprob: sum over `token_ids`; None unless `SamplingParams.logprobs` is set.
         logprobs: per token, token id -> `Logprob`, the chosen one first; None unless asked for.
-        finish_reason: "stop" (end of text, stop string or stop token) or "length".
+        finish_reason: "stop" (end of text, stop string or stop token) or "length"; from an `AsyncLLM` also
+            "timeout", and "aborted" where the engine was closed.
         stop_reason: the stop string or stop token id; None at the end of text or at "length".
     """
 
@@ -120,11 +123,14 @@ class Score:
         logprobs: natural logarithms, one per token after the first.
         num_bytes: UTF-8 bytes of the text; of token ids, those that the tokens after the first stand for,
             special tokens none.
+        top_logprobs: for each of `logprobs`, the (token id, log-probability) of the most likely tokens in
+            its place, in order; None unless asked for.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     num_bytes: int
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -209,6 +215,14 @@ class TextError:
 
     Attributes:
         message: what was wrong with it.
+        on_command_line: the same with the command line's names of arguments, where they differ.
     """
 
     message: str
+    on_command_line: str | None = None
+
+    @classmethod
+    def of(cls, error: InputError) -> TextError:
+        """What this error says."""
+        message, told = str(error), error.on_command_line()
+        return cls(message, None if told == message else told)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeGuard
 
-from modernbert_decoder.errors import InputError
+from modernbert_decoder.errors import ArgumentError, InputError
 
 Prompt = str | Sequence[int]
 Text = str | tuple[str, str] | Sequence[int]
-One = TypeVar("One")
 
 
 def is_integer(item: object) -> bool:
@@ -31,12 +30,7 @@ def as_list(texts: Any) -> list[Any]:
     return listed
 
 
-def is_text(item: object) -> bool:
-    """Whether it is a string."""
-    return isinstance(item, str)
-
-
-def is_pair(text: object) -> bool:
+def is_pair(text: object) -> TypeGuard[tuple[str, str]]:
     """Whether it is a tuple of two strings."""
     return isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
 
@@ -62,11 +56,11 @@ def checked_integer(name: str, value: Any, low: int, high: int | None = None) ->
     """An argument that must be an integer within bounds.
 
     Raises:
-        InputError: it is not.
+        ArgumentError: it is not.
     """
     if not is_integer(value) or value < low or (high is not None and value > high):
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise InputError(f"{name} must be an integer {bounds}, got {value!r}")
+        raise ArgumentError("", name, f" must be an integer {bounds}, got {value!r}")
     return int(value)
 
 
@@ -74,33 +68,3 @@ def _iterable(prompt: Any) -> Iterable[Any]:
     if isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable):
         raise InputError(f"a prompt must be text or a list of token ids, got {prompt!r}")
     return prompt
-
-
-class Progress(Protocol):
-    """What is used of a progress bar."""
-
-    def update(self, count: int) -> object:
-        """Advances it."""
-
-    def close(self) -> None:
-        """Ends it."""
-
-
-class _Silent:
-    """A progress bar that is not shown."""
-
-    def update(self, count: int) -> None:
-        """Nothing to draw."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-def progress_bar(description: str | None, total: int) -> Progress:
-    """A bar on standard error; without a description one that is not shown."""
-    if description is None:
-        return _Silent()
-    from tqdm import tqdm
-
-    bar: Progress = tqdm(total=total, desc=description)
-    return bar

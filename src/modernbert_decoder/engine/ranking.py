@@ -8,18 +8,17 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from modernbert_decoder.engine.choices import NORMALIZATIONS
 from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.outputs import RankedCandidate, TextError
-from modernbert_decoder.engine.prompts import is_text
 from modernbert_decoder.engine.reading import Passage, Run, batches
 from modernbert_decoder.engine.scoring import LogProbabilities, Scored
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.tokenizer import Tokenizer
 
-NORMALIZATIONS: Final = ("sum", "token", "byte", "unconditional")
 Question = tuple[str, Sequence[str]]
 # Continuations whose unconditional probability is remembered; labels repeat from text to text.
 _MAX_REMEMBERED: Final = 10_000
@@ -60,7 +59,7 @@ class Prefix(Passage):
         super().__init__(wholes[0], part=(0, shared), wanted=(shared - 1, shared))
         self.num_tokens_of = [len(whole) - split for whole, split in zip(wholes, splits, strict=True)]
         self.continuations = [
-            Continuation(whole[shared:-1], whole[split:], prefix=self)
+            self._continuation(whole[shared:-1], whole[split:])
             for whole, split in zip(wholes, splits, strict=True)
         ]
         # The first scored token of a candidate may follow the prefix itself.
@@ -69,9 +68,16 @@ class Prefix(Passage):
         ]
         self._first_logprobs = [0.0] * len(wholes)
 
+    def _continuation(self, fed: Sequence[int], targets: Sequence[int]) -> Continuation:
+        return Continuation(fed, targets, prefix=self)
+
     def total(self, index: int) -> float:
         """The log-probability of one candidate's tokens."""
         return self._first_logprobs[index] + math.fsum(self.continuations[index].logprobs)
+
+    def first_target(self, index: int) -> int | None:
+        """The token of one candidate that the prefix itself predicts, if it scores that one."""
+        return self._first_targets[index]
 
     def accept(self, logits: Float32, reader: LogProbabilities) -> None:
         """Takes the logits behind the prefix, (1, V)."""
@@ -122,7 +128,7 @@ class Ranking:
     ) -> None:
         if normalization not in NORMALIZATIONS:
             raise InputError(f"normalization is {normalization!r}; choose one of {', '.join(NORMALIZATIONS)}")
-        if not is_text(unconditional_text):
+        if not isinstance(unconditional_text, str):
             raise InputError(f"unconditional_text must be text, got {unconditional_text!r}")
         if unconditional_text and normalization != "unconditional":
             raise InputError(
@@ -145,7 +151,7 @@ class Ranking:
             try:
                 items.append(self._item(question))
             except InputError as error:
-                items.append(TextError(str(error)))
+                items.append(TextError.of(error))
         return items
 
     def _item(self, question: Any) -> Ranked:
@@ -168,38 +174,21 @@ class Ranking:
 
     def _prefix(self, text: str, continuations: Sequence[str]) -> Prefix:
         """The tokens of a text with each continuation."""
-        own, *wholes = self._tokenizer.encode_batch([text, *(text + each for each in continuations)])
-        for whole, continuation in zip(wholes, continuations, strict=True):
-            if whole == own:
+        ids = self._tokenizer.encode_continuations(text, continuations)
+        for tail, continuation in zip(ids.tails, continuations, strict=True):
+            if tail == ids.own:
                 raise InputError(f"the candidate {continuation!r} adds nothing to the text's tokens")
-            if len(whole) > self._context:
+            num_tokens = len(ids.head) + len(tail)
+            if num_tokens > self._context:
                 raise InputError(
-                    f"text and candidate {continuation!r} have {len(whole)} tokens together and the context "
+                    f"text and candidate {continuation!r} have {num_tokens} tokens together and the context "
                     f"holds {self._context}; shorten the text"
                 )
-        return Prefix(wholes, num_text=len(own))
+        return Prefix([ids.head + tail for tail in ids.tails], num_text=len(ids.head) + len(ids.own))
 
     def process(self, passages: Sequence[Passage], run: Run) -> None:
         """Reads one batch of prefixes, and then their continuations."""
-        layers = run.read(passages, self._accept)
-        branches = run.branches()
-        rows = {id(passage): row for row, passage in enumerate(passages)}
-        fed = [
-            continuation
-            for prefix in passages
-            if isinstance(prefix, Prefix)
-            for continuation in prefix.continuations
-            if continuation.num_tokens
-        ]
-        most_past = max(passage.num_tokens for passage in passages)
-        for batch in batches(fed, branches, max_batch_tokens=run.max_batch_tokens, num_past=most_past):
-            num_past = [each.prefix.num_tokens for each in batch]
-            target = branches.layers(len(batch), max(num_past) + batch[0].num_tokens)
-            for i, each in enumerate(batch):
-                branches.copy_row(
-                    layers, rows[id(each.prefix)], each.prefix.num_tokens, target, slice(i, i + 1)
-                )
-            run.read(batch, self._accept, layers=target, num_past=num_past)
+        read_branching(passages, run, self._accept)
 
     def _accept(self, passage: Passage, position: int, logits: Float32) -> None:
         assert isinstance(passage, Prefix | Scored)
@@ -231,15 +220,43 @@ class Ranking:
         return total
 
 
+def read_branching(
+    passages: Sequence[Passage], run: Run, accept: Callable[[Passage, int, Float32], None]
+) -> None:
+    """Reads one batch of passages, and then the continuations of those that are prefixes.
+
+    Keys and values of a prefix are copied into a row for each of its continuations.
+    """
+    layers = run.read(passages, accept, keeps=True)
+    rows = {id(passage): row for row, passage in enumerate(passages)}
+    fed = [
+        continuation
+        for prefix in passages
+        if isinstance(prefix, Prefix)
+        for continuation in prefix.continuations
+        if continuation.num_tokens
+    ]
+    if not fed:
+        return
+    branches = run.branches()
+    most_past = max(passage.num_tokens for passage in passages)
+    for batch in batches(fed, branches, max_batch_tokens=run.max_batch_tokens, num_past=most_past):
+        num_past = [each.prefix.num_tokens for each in batch]
+        target = branches.layers(len(batch), max(num_past) + batch[0].num_tokens)
+        for i, each in enumerate(batch):
+            branches.copy_row(layers, rows[id(each.prefix)], each.prefix.num_tokens, target, slice(i, i + 1))
+        run.read(batch, accept, layers=target, num_past=num_past)
+
+
 def _checked(question: Any) -> Question:
     is_question = isinstance(question, tuple | list) and len(question) == 2
-    if not is_question or not is_text(question[0]):
+    if not is_question or not isinstance(question[0], str):
         raise InputError(f"to rank, give text and a list of candidates, got {question!r}")
     text, candidates = question
     if (
         isinstance(candidates, str)
         or not isinstance(candidates, Sequence)
-        or not all(map(is_text, candidates))
+        or not all(isinstance(candidate, str) for candidate in candidates)
     ):
         raise InputError(f"candidates must be a list of texts, got {candidates!r}")
     if not candidates:
@@ -253,5 +270,6 @@ def _common_length(wholes: Sequence[Sequence[int]], limit: int) -> int:
     """How many of the first `limit` tokens all of `wholes` share."""
     first, *others = wholes
     for whole in others:
-        limit = next((i for i in range(limit) if first[i] != whole[i]), limit)
+        if whole[:limit] != first[:limit]:
+            limit = next(i for i in range(limit) if first[i] != whole[i])
     return limit

@@ -8,6 +8,7 @@ compute. This module knows nothing of tokenizers, labels or scores.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,13 +16,13 @@ from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
-from modernbert_decoder.engine.kv_cache import Float32
+from modernbert_decoder.engine.kv_cache import Float32, Layers
 from modernbert_decoder.engine.outputs import TextError
-from modernbert_decoder.engine.reading_cache import Layers, ReadingCache
+from modernbert_decoder.engine.reading_cache import ReadingCache
 from modernbert_decoder.engine.runtime import Piece, Runtime
 
-Text = TypeVar("Text")
-Text_contra = TypeVar("Text_contra", contravariant=True)
+Given = TypeVar("Given")
+Given_contra = TypeVar("Given_contra", contravariant=True)
 Prepared = TypeVar("Prepared", bound="Item")
 AnyPassage = TypeVar("AnyPassage", bound="Passage")
 Result = TypeVar("Result")
@@ -112,6 +113,7 @@ class Run:
         *,
         layers: Layers | None = None,
         num_past: Sequence[int] | None = None,
+        keeps: bool = False,
     ) -> Layers:
         """Feeds passages together, the longest first in their order, and hands on what is wanted.
 
@@ -121,9 +123,10 @@ class Run:
                 are overwritten later.
             layers: keys and values of earlier tokens, for passages that continue such.
             num_past: how many of those there are for each passage.
+            keeps: whether something is to be read behind them.
 
         Returns:
-            The keys and values, until the next call that is not given them.
+            The keys and values, if it keeps them, until the next call that is not given them.
         """
         longest = passages[0].num_tokens
         if layers is None:
@@ -137,7 +140,9 @@ class Run:
             width = self._width(passages[:num_active], start)
             fed = [ids[start : start + width] for ids in token_ids[:num_active]]
             cut = [(keys[:num_active], values[:num_active]) for keys, values in layers]
-            self._feed(Piece(cut, fed, past[:num_active] + start), passages, start, width, accept)
+            is_last = not keeps and start + width >= longest
+            piece = Piece(cut, fed, past[:num_active] + start, is_last=is_last)
+            self._feed(piece, passages, start, width, accept)
             start += width
         return layers
 
@@ -206,7 +211,7 @@ class Item(Protocol):
         """What is to be fed for it."""
 
 
-class Job(Protocol[Text_contra, Prepared, Result_co]):
+class Job(Protocol[Given_contra, Prepared, Result_co]):
     """What the reader asks of a job.
 
     Attributes:
@@ -215,7 +220,7 @@ class Job(Protocol[Text_contra, Prepared, Result_co]):
 
     wants_logits: bool
 
-    def prepare(self, texts: Sequence[Text_contra]) -> Sequence[Prepared | TextError]:
+    def prepare(self, texts: Sequence[Given_contra]) -> Sequence[Prepared | TextError]:
         """An item for every text, or what is wrong with it."""
 
     def process(self, passages: Sequence[Passage], run: Run) -> None:
@@ -248,9 +253,12 @@ class Reader:
         self.max_batch_tokens = max_batch_tokens
         self.context_length = context_length
         self.max_logit_rows = max(1, _LOGIT_BYTES // (4 * runtime.logit_width))
-        self._idle: list[ReadingCache] = []
+        self._idle: ReadingCache | None = None
+        # The garbage collector may end a forgotten job in a thread that holds it.
+        self._idle_lock = threading.RLock()
+        self._is_closed = False
 
-    def read(self, texts: Iterable[Text], job: Job[Text, Prepared, Result]) -> Iterator[Result | TextError]:
+    def read(self, texts: Iterable[Given], job: Job[Given, Prepared, Result]) -> Iterator[Result | TextError]:
         """The results, in the order of the texts; takes no more texts ahead than a few batches."""
         with self._cache() as cache:
             run = Run(self, cache, wants_logits=job.wants_logits)
@@ -258,7 +266,7 @@ class Reader:
                 yield from self._read_window(window, job, run)
 
     def _read_window(
-        self, texts: Sequence[Text], job: Job[Text, Prepared, Result], run: Run
+        self, texts: Sequence[Given], job: Job[Given, Prepared, Result], run: Run
     ) -> Iterator[Result | TextError]:
         prepared = job.prepare(texts)
         items = [entry for entry in prepared if not isinstance(entry, TextError)]
@@ -272,12 +280,17 @@ class Reader:
     @contextmanager
     def _cache(self) -> Iterator[ReadingCache]:
         """A cache for one job; a small one is kept for the next."""
-        cache = self._idle.pop() if self._idle else self.new_cache()
+        with self._idle_lock:
+            cache, self._idle = self._idle, None
+        if cache is None:
+            cache = self.new_cache()
         try:
             yield cache
         finally:
-            if cache.peak_positions <= _KEPT_POSITIONS and not self._idle:
-                self._idle.append(cache)
+            if cache.peak_positions <= _KEPT_POSITIONS:
+                with self._idle_lock:
+                    if not self._is_closed:
+                        self._idle = cache
 
     def new_cache(self) -> ReadingCache:
         """Memory for one batch, taken as it is written."""
@@ -288,8 +301,10 @@ class Reader:
         )
 
     def close(self) -> None:
-        """Gives idle memory back."""
-        self._idle.clear()
+        """Gives idle memory back; that of jobs that are open goes with them."""
+        with self._idle_lock:
+            self._is_closed = True
+            self._idle = None
 
 
 def batches(
@@ -324,14 +339,14 @@ def batches(
         yield batch
 
 
-def _windows(texts: Iterable[Text], *, num_tokens: int) -> Iterator[list[Text]]:
+def _windows(texts: Iterable[Given], *, num_tokens: int) -> Iterator[list[Given]]:
     """Texts in groups of about `num_tokens`, judged by their length; one at least.
 
     An exception of the iterable comes behind the texts that it gave before.
     """
     iterator = iter(texts)
     while True:
-        window: list[Text] = []
+        window: list[Given] = []
         failure: Exception | None = None
         room = num_tokens
         try:

@@ -10,9 +10,7 @@ Legend: B rows, P capacity of a full layer in a batch, R of a sliding layer's ri
 from __future__ import annotations
 
 from modernbert_decoder.architecture import DecoderArchitecture, LayerKind
-from modernbert_decoder.engine.kv_cache import RING_SLACK, Float32, SlotBuffer, ring_length
-
-Layers = list[tuple[Float32, Float32]]
+from modernbert_decoder.engine.kv_cache import RING_SLACK, Float32, Layers, SlotBuffer, ring_length
 
 
 class ReadingCache:
@@ -48,7 +46,7 @@ class ReadingCache:
         assert num_rows * capacity <= self.num_positions, (num_rows, capacity, self.num_positions)
         self.peak_positions = max(self.peak_positions, num_rows * capacity)
         heads, width = self._architecture.num_attention_heads, self._architecture.head_dim
-        layers: Layers = []
+        layers: list[tuple[Float32, Float32]] = []
         for kind, (keys, values) in zip(self._architecture.layer_kinds, self._pools, strict=True):
             places = self._ring_capacity if kind is LayerKind.SLIDING else capacity
             shape = (num_rows, heads, places, width)

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture
+from modernbert_decoder.engine.choices import POOLINGS
+from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.outputs import ClassificationOutput, EmbeddingOutput, TextError
+from modernbert_decoder.engine.probabilities import Floats, require_finite, sigmoid, softmax
 from modernbert_decoder.engine.prompts import Text, checked_ids, checked_integer, is_pair
 from modernbert_decoder.engine.reading import Passage, Run
-from modernbert_decoder.errors import CheckpointError, InputError
+from modernbert_decoder.errors import ArgumentError, InputError
+from modernbert_decoder.templates import TextTooLongError
 from modernbert_decoder.tokenizer import Tokenizer
 
-Float32 = NDArray[np.float32]
-
-POOLINGS: Final = ("last", "mean")
 _MULTI_LABEL: Final = "multi_label_classification"
 _REGRESSION: Final = "regression"
 
@@ -60,42 +60,43 @@ class TemplateEncoder:
 
     def encode(self, texts: Sequence[Text]) -> list[list[int] | TextError]:
         """The ids of each text, or what is wrong with it."""
-        strings: list[Any] = [text for text in texts if isinstance(text, str) or is_pair(text)]
-        encoded = iter(self._tokenizer.encode_template_batch(strings) if strings else ())
+        encoded = iter(
+            self._tokenizer.encode_template_batch(
+                [text for text in texts if isinstance(text, str) or is_pair(text)],
+                max_length=self._max_length,
+                truncation="longest_first" if self._truncate else None,
+            )
+        )
         results: list[list[int] | TextError] = []
         for text in texts:
-            is_text = isinstance(text, str) or is_pair(text)
-            ids = next(encoded) if is_text else None
             try:
-                results.append(self._fitted(text, self._given_ids(text) if ids is None else ids))
+                ids = next(encoded) if isinstance(text, str) or is_pair(text) else self._given_ids(text)
+                if isinstance(ids, InputError):
+                    raise ids
+                results.append(ids)
+            except TextTooLongError as error:
+                results.append(TextError.of(_with_advice(error)))
             except InputError as error:
-                results.append(TextError(str(error)))
+                results.append(TextError.of(error))
         return results
 
     def _given_ids(self, text: Any) -> list[int]:
+        if isinstance(text, list) and len(text) == 2 and is_pair(tuple(text)):
+            raise InputError(
+                f"a pair of texts is a tuple, not a list: pass ({text[0]!r:.30}, {text[1]!r:.30})"
+            )
         ids = checked_ids(text, self._vocab_size)
         while ids and ids[-1] in self._padding:  # padding says that the text has ended
             ids.pop()
         if not ids:
             raise InputError("the token ids are all padding; give at least one other token")
-        return ids
-
-    def _fitted(self, text: Text, ids: list[int]) -> list[int]:
-        if len(ids) <= self._max_length:
-            return ids
-        if not self._truncate:
-            raise InputError(
-                f"the text has {len(ids)} tokens and at most {self._max_length} are taken; shorten it, or "
-                "set truncate=True to cut it"
-            )
-        if isinstance(text, str):
-            return self._tokenizer.encode_template(text, max_length=self._max_length)
-        if is_pair(text):
-            first, second = text
-            assert isinstance(first, str)
-            assert isinstance(second, str)
-            return self._tokenizer.encode_template(first, second, max_length=self._max_length)
+        if len(ids) > self._max_length and not self._truncate:
+            raise TextTooLongError(len(ids), self._max_length)
         return ids[: self._max_length]
+
+
+def _with_advice(error: TextTooLongError) -> ArgumentError:
+    return ArgumentError(f"{error}; shorten it, or cut it with ", "truncate=True")
 
 
 class Classification:
@@ -137,15 +138,10 @@ class Classification:
             for item, row, probable, label in zip(items, logits.tolist(), probabilities, best, strict=True)
         ]
 
-    def _probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _probabilities(self, logits: Floats) -> Floats:
         if self._problem_type == _REGRESSION:
             return logits
-        if self._problem_type == _MULTI_LABEL:
-            # Either branch of this never overflows: exp of a number that is not positive.
-            small = np.exp(-np.abs(logits))
-            return np.where(logits >= 0, 1.0, small) / (1.0 + small)
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+        return sigmoid(logits) if self._problem_type == _MULTI_LABEL else softmax(logits)
 
 
 class Embedding:
@@ -227,16 +223,3 @@ class HiddenStates:
         for item in items:
             require_finite(item.rows)
         return [item.rows for item in items]
-
-
-def require_finite(values: NDArray[Any]) -> None:
-    """Checks what the network gave.
-
-    Raises:
-        CheckpointError: NaN or infinities.
-    """
-    if not np.isfinite(values).all():
-        raise CheckpointError(
-            "the model produced values that are not finite; its weights are damaged: "
-            "fetch or convert them again"
-        )

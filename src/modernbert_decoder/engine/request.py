@@ -17,6 +17,7 @@ from modernbert_decoder.engine.runtime import Row
 from modernbert_decoder.engine.sampling import RequestSampler, SampledToken, SamplingParams
 from modernbert_decoder.engine.selection import Workspace
 from modernbert_decoder.engine.stopping import StopChecker
+from modernbert_decoder.engine.structured import Matcher
 from modernbert_decoder.tokenizer import Tokenizer
 
 Float32 = NDArray[np.float32]
@@ -28,29 +29,38 @@ class Request:
     Attributes:
         row: its slot and next tokens while it is being decoded.
         num_prefilled: prompt tokens already in the cache.
+        pauses: where in the prompt a chunk must end, so that what was computed can be kept for others.
+        awaited: a request, and how far it must be prefilled until this one begins, which shares so much.
         siblings: the other completions of the same prompt that wait for this one's prefill.
-        finish_reason: None while it runs; then "stop", "length" or "aborted".
+        max_tokens: most tokens it may get.
+        client: for whom it is; clients take turns.
+        finish_reason: None while it runs; then "stop", "length", or what `end` was told.
         error: what ended it, if it failed.
     """
 
     __slots__ = (
         "_checker",
         "_detokenizer",
-        "_max_tokens",
+        "_matcher",
         "_min_tokens",
         "_pieces",
         "_reported",
+        "_reported_end",
         "_sampler",
         "_stop_ids",
         "_tokenizer",
         "admitted_at",
+        "awaited",
+        "client",
         "error",
         "finish_reason",
         "finished_at",
         "first_token_at",
         "index",
+        "max_tokens",
         "num_prefilled",
         "params",
+        "pauses",
         "prompt_ids",
         "row",
         "siblings",
@@ -68,13 +78,20 @@ class Request:
         tokenizer: Tokenizer,
         max_tokens: int,
         index: int = 0,
+        matcher: Matcher | None = None,
+        client: str = "",
     ) -> None:
+        """`matcher` follows the structured output asked for; it is this request's own."""
         self.prompt_ids = prompt_ids
         self.params = params
         self.index = index
+        self.client = client
+        self.max_tokens = max_tokens
         self.siblings: list[Request] = []
         self.row: Row | None = None
         self.num_prefilled = 0
+        self.pauses: Sequence[int] = ()
+        self.awaited: tuple[Request, int] | None = None
         self.token_ids: list[int] = []
         self.tokens: list[SampledToken] = []
         self.finish_reason: str | None = None
@@ -83,9 +100,10 @@ class Request:
         self.submitted_at = time.perf_counter()
         self.admitted_at = self.first_token_at = self.finished_at = 0.0
         self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
+        self._matcher = matcher
         self._pieces: list[str] = []
         self._reported = 0
+        self._reported_end = False
         self._sampler: RequestSampler | None = None
 
     @property
@@ -93,11 +111,21 @@ class Request:
         """Whether it ended, well or not."""
         return self.finish_reason is not None or self.error is not None
 
+    @property
+    def room(self) -> int:
+        """How many more tokens it may get."""
+        return self.max_tokens - len(self.token_ids)
+
     def prepare(self, *, eos_token_ids: Sequence[int], workspace: Workspace) -> None:
         """Builds sampler and detokenizer; done after the prefill, so that waiting requests stay small."""
         params = self.params
         self._sampler = RequestSampler(
-            params, self.prompt_ids, eos_token_ids=eos_token_ids, workspace=workspace, index=self.index
+            params,
+            self.prompt_ids,
+            eos_token_ids=eos_token_ids,
+            workspace=workspace,
+            index=self.index,
+            matcher=self._matcher,
         )
         self._stop_ids = params.stop_ids(eos_token_ids)
         self._min_tokens = params.min_tokens
@@ -126,7 +154,7 @@ class Request:
                 self._pieces.append(self._checker.skip(piece) if is_early else self._checker.put(piece))
                 if self._checker.match is not None:
                     self._finish("stop", self._checker.match.stop)
-            if count >= self._max_tokens and self.finish_reason is None:
+            if count >= self.max_tokens and self.finish_reason is None:
                 self._end_text()
                 self._finish("length", None)
         return token_id
@@ -151,8 +179,17 @@ class Request:
         self.stop_reason = stop_reason
         self.finished_at = time.perf_counter()
 
-    def fail(self, error: Exception | None) -> None:
-        """Ends the request without a result: aborted by its caller, or by `error`."""
+    def end(self, reason: str) -> None:
+        """Ends the request before its time, with the text it has, also that which was held back."""
+        if self._sampler is None:
+            self.finish_reason = reason
+            self.finished_at = time.perf_counter()
+        else:
+            self._end_text()
+            self._finish(reason, None)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the request without a result."""
         self.error = error
         self.finish_reason = "aborted"
         self.finished_at = time.perf_counter()
@@ -172,11 +209,13 @@ class Request:
         )
 
     def next_chunk(self) -> StreamChunk | None:
-        """What was added since the last call; None if nothing was."""
+        """What was added since the last call; None if nothing was. An end that came alone is a chunk, too."""
         start = self._reported
-        if start == len(self.token_ids):
+        has_ended = self.finish_reason is not None and self.error is None
+        if start == len(self.token_ids) and has_ended == self._reported_end:
             return None
         self._reported = len(self.token_ids)
+        self._reported_end = has_ended
         text = "".join(self._pieces)
         self._pieces.clear()
         return StreamChunk(
@@ -184,7 +223,7 @@ class Request:
             text=text,
             token_ids=tuple(self.token_ids[start:]),
             logprobs=self._logprobs(start),
-            finish_reason=self.finish_reason,
+            finish_reason=self.finish_reason if has_ended else None,
             stop_reason=self.stop_reason,
         )
 

@@ -21,20 +21,18 @@ import onnxruntime
 from numpy.typing import ArrayLike, NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head
-from modernbert_decoder.engine.kv_cache import KVCache, Slot, SlotBuffer
+from modernbert_decoder.engine.kv_cache import Float32, KVCache, Layers, Slot, SlotBuffer
+from modernbert_decoder.engine.selective import ScratchPair, Selection, append, past_of
 from modernbert_decoder.errors import InputError
-
-Float32 = NDArray[np.float32]
 
 # Prompts share a call while padding adds at most this share of tokens.
 _MAX_PADDING: Final = 0.15
-# Bound calls kept for reuse: one per number of decoding rows, in the steady state just one.
+# Bound calls kept for reuse: one per number of decoding rows, in the steady state just one, and of single
+# rows those that verify up to so many tokens, or read the two that a draft model lacks after it was right.
 _MAX_KEPT_CALLS: Final = 32
+_MAX_KEPT_TOKENS: Final = 16
 _SPIN_MICROSECONDS: Final = "1000"
 CPU_PROVIDER: Final = "CPUExecutionProvider"
-
-Layers = Sequence[tuple[Float32, Float32]]
-"""Keys and values of every layer, (B, H, capacity, D) each."""
 
 
 @dataclass(slots=True)
@@ -56,6 +54,7 @@ class Piece:
         num_past: how many tokens of each `layers` holds already.
         logit_positions: (M,) row * S + place, S being the most new tokens of a row.
         state_positions: (N,) likewise.
+        is_last: nothing is read behind it, so that `layers` may stay as they are.
     """
 
     layers: Layers
@@ -63,6 +62,12 @@ class Piece:
     num_past: Sequence[int] | NDArray[np.integer[Any]]
     logit_positions: Sequence[int] = ()
     state_positions: Sequence[int] = ()
+    is_last: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S)."""
+        return len(self.token_ids), max(map(len, self.token_ids))
 
 
 class Runtime:
@@ -71,6 +76,7 @@ class Runtime:
     Args:
         architecture: of the model.
         graph: from `build_graph`, for at least `context_length` positions.
+        is_selective: whether it is a selective one, which reads texts but has no slots.
         weights: initializer name -> array; kept alive and shared, not copied, where the kernels allow it.
         num_slots: most requests at a time.
         context_length: most tokens per request.
@@ -93,14 +99,19 @@ class Runtime:
         context_length: int,
         threads: int,
         providers: Sequence[str],
+        is_selective: bool = False,
     ) -> None:
         self.architecture = architecture
+        self._is_selective = is_selective
+        self._num_positions = context_length
+        self._scratch = ScratchPair()
         self.cache = KVCache(architecture, num_slots=num_slots, capacity=context_length)
         self.network_seconds = 0.0
         self.num_calls = 0
         self._held = [np.asarray(array) for array in weights.values()]
         self._session = _session(graph, list(weights), self._held, threads=threads, providers=providers)
-        self._kept: dict[tuple[int, int], _Call] = {}
+        # By first slot, rows, tokens of the longest and logits.
+        self._kept: dict[tuple[int, int, int, int], _Call] = {}
         # One row of logits per slot for all single-token calls; other calls bring rows of their own.
         self._decode_logits = SlotBuffer(
             (num_slots, architecture.vocab_size), slot_bytes=4 * architecture.vocab_size
@@ -109,6 +120,7 @@ class Runtime:
 
     def step(self, rows: Sequence[Row]) -> list[Float32]:
         """Feeds every row its tokens and returns its logits (num_logits, V), valid until the next step."""
+        assert not self._is_selective, "a selective graph has no slots"
         if len(rows) == 1:
             return [self._run(rows)]
         results: dict[int, Float32] = {}
@@ -131,13 +143,23 @@ class Runtime:
         if logits is None:
             logits = self.empty_logits(len(piece.logit_positions))
         states = np.empty((len(piece.state_positions), architecture.hidden_size), np.float32)
-        shape = (len(piece.token_ids), max(map(len, piece.token_ids)))
-        has_logits = architecture.head is not Head.NONE
-        call = _Call(
-            self._session, piece.layers, shape=shape, logits=logits if has_logits else None, states=states
-        )
-        call.fill_piece(piece)
-        self._execute(call)
+        bound_logits = None if architecture.head is Head.NONE else logits
+        if self._is_selective:
+            selective = _SelectiveCall(
+                self._session,
+                piece,
+                new=self._scratch,
+                num_positions=self._num_positions,
+                logits=bound_logits,
+                states=states,
+            )
+            self._execute(selective)
+            if not piece.is_last:
+                selective.keep()
+        else:
+            call = _Call(self._session, piece.layers, shape=piece.shape, logits=bound_logits, states=states)
+            call.fill_piece(piece)
+            self._execute(call)
         return logits, states
 
     @property
@@ -200,13 +222,13 @@ class Runtime:
         self.num_calls += 1
 
     def _call(self, first: int, rows: Sequence[Row]) -> _Call:
-        """Bindings for these rows; those of single-token calls are kept for the next step."""
+        """Bindings for these rows; those of small calls that come again and again are kept."""
         is_decode = all(len(row.token_ids) == 1 and row.num_logits == 1 for row in rows)
-        key = (first, len(rows))
-        if is_decode and key in self._kept:
+        longest = 1 if is_decode else max(len(row.token_ids) for row in rows)
+        num_logits = len(rows) if is_decode else sum(row.num_logits for row in rows)
+        key = (first, len(rows), longest, num_logits)
+        if key in self._kept:
             return self._kept[key]
-        longest = max(len(row.token_ids) for row in rows)
-        num_logits = sum(row.num_logits for row in rows)
         if is_decode:
             logits = self._decode_logits[first : first + len(rows)]
         else:
@@ -216,7 +238,8 @@ class Runtime:
             for keys, values in self.cache.layers
         ]
         call = _Call(self._session, layers, shape=(len(rows), longest), logits=logits, states=self._no_states)
-        if is_decode:
+        is_drafting = len(rows) == 1 and longest <= _MAX_KEPT_TOKENS and longest in (num_logits, 2)
+        if is_decode or is_drafting:
             if len(self._kept) == _MAX_KEPT_CALLS:
                 del self._kept[next(iter(self._kept))]
             self._kept[key] = call
@@ -299,6 +322,54 @@ class _Call:
         np.add(num_past, self.query_lengths, out=self.last_positions, casting="unsafe")
         self.longest[...] = max(int(self.last_positions.max()), self.input_ids.shape[1])
         self.last_positions -= 1
+
+
+class _SelectiveCall(_Call):
+    """A piece for a selective graph: bindings, filled, of its own inputs as well."""
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        piece: Piece,
+        *,
+        new: ScratchPair,
+        num_positions: int,
+        logits: Float32 | None,
+        states: Float32,
+    ) -> None:
+        *layers, last = piece.layers
+        super().__init__(session, layers, shape=piece.shape, logits=logits, states=states)
+        self._last = last
+        self._num_past = np.asarray(piece.num_past, np.int64)
+        wanted = [*piece.logit_positions, *piece.state_positions]
+        selection = Selection(wanted, piece.shape, self._num_past, num_positions=num_positions)
+        past = past_of(last, selection.num_past)
+        num_rows, longest = piece.shape
+        new_shape = (num_rows, last[0].shape[1], longest, last[0].shape[3])
+        self._new = new.pair(new_shape)
+        index = len(layers)
+        inputs = {
+            "selected": selection.selected,
+            "positions": selection.positions,
+            "selected_positions": selection.selected_positions,
+            "visible": selection.visible(),
+            "num_keys": np.array([selection.num_past, longest]),
+            f"past_key.{index}": past[0],
+            f"past_value.{index}": past[1],
+        }
+        for name, array in inputs.items():
+            self.binding.bind_ortvalue_input(name, _value(array))
+        for name, array in zip(("key", "value"), self._new, strict=True):
+            self.binding.bind_ortvalue_output(f"present_{name}.{index}", _value(array))
+        self._fill(piece.token_ids, self._num_past)
+        num_logits = len(piece.logit_positions)
+        self.state_positions[:] = selection.found[num_logits:]
+        if logits is not None:
+            self.logit_positions[:] = selection.found[:num_logits]
+
+    def keep(self) -> None:
+        """Writes the last layer's new keys and values behind the past ones, once they are computed."""
+        append(self._last, self._new, self._num_past)
 
 
 def _value(array: NDArray[Any]) -> onnxruntime.OrtValue:

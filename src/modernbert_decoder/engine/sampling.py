@@ -3,8 +3,8 @@
 It knows one completion only: not the batch, not the scheduler, not the text. What to do is decided when a
 sampler is constructed, so that a step does no more than its request asked for.
 
-Order, as in vLLM: [raw log-probabilities are taken], logit bias, ban of end tokens before `min_tokens`,
-penalties, temperature, min-p, top-k, top-p, one uniform draw.
+Order, as in vLLM: [raw log-probabilities are taken], mask of structured output, logit bias, ban of end tokens
+before `min_tokens`, penalties, temperature, min-p, top-k, top-p, one uniform draw.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from modernbert_decoder.engine.selection import (
     rank_of,
     top_k_ids,
 )
+from modernbert_decoder.engine.structured import Matcher
 from modernbert_decoder.errors import CheckpointError, InputError
 
 __all__ = ["RequestSampler", "SampledToken", "SamplingParams", "TokenCounts", "Workspace", "penalize"]
@@ -116,6 +117,7 @@ class RequestSampler:
         eos_token_ids: The model's end-of-text ids, banned before `min_tokens`.
         index: Which of the request's `n` completions this is.
         workspace: Scratch memory, to be shared by the samplers that one thread uses.
+        matcher: Says what structured output allows; this sampler's own.
     """
 
     __slots__ = (
@@ -128,6 +130,7 @@ class RequestSampler:
         "_is_banning",
         "_is_greedy",
         "_is_processing",
+        "_matcher",
         "_params",
         "_workspace",
         "num_output_tokens",
@@ -141,8 +144,10 @@ class RequestSampler:
         eos_token_ids: Iterable[int],
         workspace: Workspace,
         index: int = 0,
+        matcher: Matcher | None = None,
     ) -> None:
         self._params = params
+        self._matcher = matcher
         self._workspace = workspace
         self._is_greedy = params.is_greedy
         # A spawn key, not [seed, index]: that would give seed 5 + 7 * 2**32 the stream of index 7 of seed 5.
@@ -162,7 +167,8 @@ class RequestSampler:
         self._decide_path()
 
     def _decide_path(self) -> None:
-        self._is_processing = self._is_banning or self._counts is not None or len(self._bias_ids) > 0
+        is_restricted = self._matcher is not None or self._is_banning
+        self._is_processing = is_restricted or self._counts is not None or len(self._bias_ids) > 0
         self._is_argmax_only = self._is_greedy and not self._is_processing and self._params.logprobs is None
 
     def sample(self, logits: Row) -> SampledToken:
@@ -193,10 +199,12 @@ class RequestSampler:
     def _processed(self, logits: Row) -> Row:
         row = self._workspace.processed
         np.copyto(row, logits)
+        if self._matcher is not None:
+            self._matcher.restrict(row)
         if len(self._bias_ids) > 0:
             row[self._bias_ids] += self._bias_values
         if self._is_banning:
-            row[self._banned_ids] = -np.inf
+            self._ban(row)
         if self._counts is not None:
             params = self._params
             penalize(
@@ -208,8 +216,17 @@ class RequestSampler:
             )
         return row
 
+    def _ban(self, row: Row) -> None:
+        """Forbids end tokens, unless structured output is complete and allows nothing else."""
+        banned = row[self._banned_ids]
+        row[self._banned_ids] = -np.inf
+        if self._matcher is not None and row.max() == -np.inf:
+            row[self._banned_ids] = banned
+
     def _remember(self, token_id: int) -> None:
         self.num_output_tokens += 1
+        if self._matcher is not None:
+            self._matcher.accept(token_id)
         if self._counts is not None:
             self._counts.add(token_id)
         if self._is_banning and self.num_output_tokens >= self._params.min_tokens:
@@ -285,5 +302,6 @@ def _no_choice(logits: Row) -> CheckpointError | InputError:
         )
     return InputError(
         "no token is left to choose from: logit_bias and min_tokens (which forbids the end-of-text token and "
-        "stop_token_ids) together forbid the whole vocabulary; relax one of them"
+        "stop_token_ids) together, or logit_bias and structured output, forbid the whole vocabulary; relax "
+        "one of them"
     )

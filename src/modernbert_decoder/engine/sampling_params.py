@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from modernbert_decoder.engine.structured import StructuredOutput
 from modernbert_decoder.errors import InputError
 
 GREEDY_TEMPERATURE = 1e-5
@@ -51,6 +52,8 @@ class SamplingParams:
             before any of the settings above.
         include_stop_str_in_output: Keep the matched stop string at the end of the text.
         skip_special_tokens: Leave special tokens out of the text.
+        structured: What the text must look like; the end-of-text token is allowed only where it is complete,
+            `min_tokens` or not. (vLLM's `structured_outputs`.)
 
     Raises:
         InputError: A value is of the wrong type or out of its range.
@@ -77,6 +80,7 @@ class SamplingParams:
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -88,6 +92,7 @@ class SamplingParams:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InputError(f"{name} must be True or False, got {value!r}")
+        self._check_structured()
         if self.is_greedy and self.n > 1:
             raise InputError(
                 f"n must be 1 when temperature is 0, got {self.n}: greedy completions are all the same; "
@@ -124,6 +129,14 @@ class SamplingParams:
         if self.min_tokens > self.max_tokens:
             raise InputError(
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+
+    def _check_structured(self) -> None:
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise InputError(f"structured must be a StructuredOutput, got {self.structured!r}")
+        if self.structured is not None and self.ignore_eos:
+            raise InputError(
+                "ignore_eos must be False with structured output, which ends with the end-of-text token"
             )
 
     def _set(self, name: str, value: object) -> None:

@@ -3,19 +3,39 @@
 Each step gives every decoding request one token in one call, and then spends at most one chunk of tokens on
 prompts, so that a long prompt delays running requests by no more than a chunk. Slots 0..d-1 belong to the
 decoding requests in the order of their list, those behind to prompts being prefilled; requests that leave
-are replaced by the last of their kind. This module knows requests and rows, not texts or sampling.
+are replaced by the last of their kind. Clients take turns, in the queue and in the chunk. This module knows
+requests and rows, not texts or sampling.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from modernbert_decoder.engine.prefix_cache import PrefixCache
 from modernbert_decoder.engine.request import Float32, Request
 from modernbert_decoder.engine.runtime import Row, Runtime
 from modernbert_decoder.engine.selection import Workspace
-from modernbert_decoder.errors import UserError
+from modernbert_decoder.engine.speculation import Speculator
+from modernbert_decoder.engine.waiting import FairQueue
+from modernbert_decoder.errors import EngineFailedError, InputError, UserError
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a scheduler has done so far.
+
+    Attributes:
+        num_prompt_tokens: prompt tokens fed; those that the prefix cache spared are not among them.
+        num_generated_tokens: tokens chosen.
+        num_finished: requests that ended, by finish reason or as "error".
+    """
+
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_finished: Counter[str] = field(default_factory=Counter)
 
 
 class Scheduler:
@@ -25,24 +45,40 @@ class Scheduler:
         runtime: session and cache.
         eos_token_ids: tokens that end a text.
         chunk_size: most prompt tokens per step.
+        prefix_cache: beginnings of prompts that need not be computed again.
+        speculator: gives decoding requests several tokens in one step where it can.
 
     Attributes:
-        num_ended: requests that left a slot so far.
+        counts: what it has done so far.
+        max_kv_bytes: most keys and values that requests with a slot may come to.
     """
 
-    def __init__(self, runtime: Runtime, *, eos_token_ids: Sequence[int], chunk_size: int) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        eos_token_ids: Sequence[int],
+        chunk_size: int,
+        prefix_cache: PrefixCache | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
         self._runtime = runtime
+        self.prefix_cache = prefix_cache
+        self.speculator = speculator
         self._cache = runtime.cache
         self._eos_token_ids = tuple(eos_token_ids)
         self._chunk_size = chunk_size
         self._workspace = Workspace(runtime.architecture.vocab_size)
-        self._waiting: deque[Request] = deque()
+        self._waiting: FairQueue[Request] = FairQueue()
         self._prefilling: list[Request] = []
         self._decoding: list[Request] = []
         self._rows: list[Row] = []
         # Every request that has not ended, in whichever of the lists above, or between two of them.
         self._live: set[Request] = set()
-        self.num_ended = 0
+        # The client whose prompt had the last turn in the chunk.
+        self._last_client = ""
+        self.counts = Counts()
+        self.max_kv_bytes = self._cache.num_slots * self._cache.peak_bytes(self._cache.capacity)
 
     @property
     def has_work(self) -> bool:
@@ -54,24 +90,62 @@ class Scheduler:
         """Requests that hold a slot."""
         return len(self._decoding) + len(self._prefilling)
 
-    def submit(self, requests: Iterable[Request]) -> None:
-        """Queues the completions of one prompt; the first carries the prefill for its siblings."""
+    @property
+    def num_ended(self) -> int:
+        """Changes whenever a request ended."""
+        return self.counts.num_finished.total()
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody holds."""
+        return self._cache.num_free
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Keys and values that requests with a slot, or one that is kept for them, may come to."""
+        decoding = sum(map(self._most_bytes, tuple(self._decoding)))
+        return decoding + sum(
+            (1 + self._num_kept(request)) * self._most_bytes(request) for request in tuple(self._prefilling)
+        )
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Refuses the completions of a prompt if they could never be admitted.
+
+        Raises:
+            InputError: they may need more memory than all requests together may.
+        """
+        num_together = min(len(requests), self._cache.num_slots)
+        wanted = num_together * self._most_bytes(requests[0])
+        if wanted > self.max_kv_bytes:
+            raise InputError(
+                f"{num_together} completion(s) of up to {requests[0].max_tokens} tokens behind a prompt of "
+                f"{len(requests[0].prompt_ids)} may take {wanted:,} bytes of keys and values, and all "
+                f"requests together may take {self.max_kv_bytes:,}; lower max_tokens or n, or shorten the "
+                "prompt"
+            )
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues the completions of one prompt, which `check` let pass; the first prefills for the others."""
         leader, *siblings = requests
         leader.siblings = siblings
         self._live.update((leader, *siblings))
         self._waiting.append(leader)
 
-    def abort(self, request: Request) -> None:
-        """Ends a request wherever it is; its slot is free for the next step."""
+    def abort(self, request: Request, reason: str = "aborted") -> None:
+        """Ends a request wherever it is, with `reason`; its slot is free for the next step."""
         if request.is_finished:
             return
-        request.fail(None)
-        self._live.discard(request)
-        if request in self._waiting:
-            self._waiting.remove(request)
-            self._promote(request.siblings)
-        elif request.row is not None:
+        request.end(reason)
+        if request.row is not None:
             self._retire(request)
+            return
+        self._count_out(request)
+        if request in self._waiting:
+            if request.siblings:
+                leader, *leader.siblings = request.siblings
+                self._waiting.replace(request, leader)
+            else:
+                self._waiting.remove(request)
         else:
             for leader in (*self._waiting, *self._prefilling):
                 if request in leader.siblings:
@@ -91,51 +165,82 @@ class Scheduler:
             if self._prefilling:
                 self._prefill()
         except BaseException as error:
-            self.fail_all(RuntimeError(f"a step of the engine failed: {error!r}"))
+            self.fail_all(EngineFailedError(f"a step of the engine failed: {error!r}"))
             raise
 
     def fail_all(self, error: Exception) -> None:
         """Ends every request with `error`, wherever a broken step left it, and frees every slot."""
-        for request in self._live:
+        for request in tuple(self._live):
             request.fail(error)
             request.row = None
             request.siblings = []
-            self.num_ended += 1
-        for requests in (self._live, self._waiting, self._prefilling, self._decoding, self._rows):
+            self._count_out(request)
+        for requests in (self._waiting, self._prefilling, self._decoding, self._rows):
             requests.clear()
         self._cache.reset()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()  # an exception may have come in the middle of a change to it
+        if self.speculator is not None:
+            self.speculator.reset()
 
     def _admit(self) -> None:
-        """Gives waiting prompts their slots, in order.
+        """Gives waiting prompts their slots, in the order of the queue, while slots and memory last.
 
         A prompt with several completions waits for a slot for each of them (or for all there are): fewer
-        would mean to prefill it again for the rest.
+        would mean to prefill it again for the rest. One that does not fit keeps its turn, and nobody is
+        admitted before it: a large request waits for those that run, and never for small ones behind it.
         """
-        num_slots = self._cache.num_slots
-        num_kept = sum(min(len(request.siblings), num_slots - 1) for request in self._prefilling)
+        num_kept = sum(map(self._num_kept, self._prefilling))
+        num_reserved = self.reserved_bytes
         while self._waiting:
-            request = self._waiting[0]
-            num_wanted = min(1 + len(request.siblings), num_slots)
-            if self._cache.num_free - num_kept < num_wanted:
+            request = self._waiting.first
+            num_wanted = 1 + self._num_kept(request)
+            wanted_bytes = num_wanted * self._most_bytes(request)
+            if (
+                self._cache.num_free - num_kept < num_wanted
+                or num_reserved + wanted_bytes > self.max_kv_bytes
+            ):
                 return
             num_kept += num_wanted - 1
-            self._waiting.popleft()
+            num_reserved += wanted_bytes
+            self._waiting.pop()
             request.row = Row(self._cache.allocate(), ())
             request.admitted_at = time.perf_counter()
             self._prefilling.append(request)
+            if self.prefix_cache is not None:
+                self.prefix_cache.announce(request, others=self._prefilling)
+
+    def _num_kept(self, request: Request) -> int:
+        """Slots kept for the siblings of a request that is prefilled."""
+        return min(len(request.siblings), self._cache.num_slots - 1)
+
+    def _most_bytes(self, request: Request) -> int:
+        """Keys and values that one completion may come to."""
+        return self._cache.peak_bytes(len(request.prompt_ids) + request.max_tokens)
 
     def _decode(self) -> None:
         requests = tuple(self._decoding)
-        for request, logits in zip(requests, self._runtime.step(self._rows), strict=True):
-            self._accept(request, logits[0])
+        if self.speculator is None:
+            for request, logits in zip(requests, self._runtime.step(self._rows), strict=True):
+                self._accept(request, logits[0])
+            return
+        self.speculator.propose(requests)
+        results = self._runtime.step(self._rows)
+        self.speculator.observe()
+        for request, logits in zip(requests, results, strict=True):
+            self.speculator.verify(request, logits, self._accept)
 
     def _prefill(self) -> None:
         budget = self._chunk_size
         chosen: list[tuple[Request, Row]] = []
-        for request in self._prefilling:
+        for request, most in self._shares():
             row = request.row
             assert row is not None
-            end = min(request.num_prefilled + budget, len(request.prompt_ids))
+            if not self._begin(request):
+                continue
+            end = min(request.num_prefilled + min(budget, most), len(request.prompt_ids))
+            if self.prefix_cache is not None:
+                end = self.prefix_cache.chunk_end(request, end)
             row.token_ids = request.prompt_ids[request.num_prefilled : end]
             row.num_logits = int(end == len(request.prompt_ids))
             chosen.append((request, row))
@@ -145,8 +250,43 @@ class Scheduler:
         results = self._runtime.step([row for _, row in chosen])
         for (request, row), logits in zip(chosen, results, strict=True):
             request.num_prefilled += len(row.token_ids)
+            self.counts.num_prompt_tokens += len(row.token_ids)
+            if self.prefix_cache is not None:
+                self.prefix_cache.keep(request)
             if request.num_prefilled == len(request.prompt_ids):
                 self._start_decoding(request, logits[0])
+
+    def _shares(self) -> list[tuple[Request, int]]:
+        """Prompts in the order in which this step feeds them, and most tokens for each.
+
+        The prompts with the fewest tokens left come first: so most have their first token soonest. But half
+        of every chunk goes to the oldest prompt of the client whose turn it is: so a long one is never
+        stopped by short ones, nor a client by another that sends many.
+        """
+        chunk = self._chunk_size
+        shortest = sorted(self._prefilling, key=_num_left)
+        oldest = self._next_in_turn()
+        if oldest is shortest[0]:
+            return [(request, chunk) for request in shortest]
+        others = [request for request in shortest if request is not oldest]
+        share = max(-(-chunk // 2), chunk - sum(map(_num_left, others)))
+        return [(oldest, share), *((request, chunk) for request in others)]
+
+    def _next_in_turn(self) -> Request:
+        """The oldest prompt of the client behind the one that had the last turn."""
+        oldest: dict[str, Request] = {}
+        for request in self._prefilling:
+            oldest.setdefault(request.client, request)
+        clients = list(oldest)
+        place = clients.index(self._last_client) + 1 if self._last_client in oldest else 0
+        self._last_client = clients[place % len(clients)]
+        return oldest[self._last_client]
+
+    def _begin(self, request: Request) -> bool:
+        """Whether a prompt goes on in this step; a new one is first resumed where it is known."""
+        if self.prefix_cache is None or request.num_prefilled:
+            return True
+        return self.prefix_cache.begin(request, others=self._prefilling)
 
     def _start_decoding(self, leader: Request, logits: Float32) -> None:
         """Moves a prefilled request, and as many siblings as find a slot, among the decoding ones."""
@@ -175,11 +315,10 @@ class Scheduler:
             self._accept(request, logits)
 
     def _promote(self, siblings: list[Request]) -> None:
-        """Queues the siblings of a leader that cannot serve them, in front."""
+        """Queues the siblings of a leader that cannot serve them, in front of others of their client."""
         if siblings:
-            leader, *others = siblings
-            leader.siblings = others
-            self._waiting.appendleft(leader)
+            leader, *leader.siblings = siblings
+            self._waiting.append_left(leader)
 
     def _accept(self, request: Request, logits: Float32) -> None:
         try:
@@ -189,6 +328,7 @@ class Scheduler:
         else:
             assert request.row is not None
             request.row.token_ids = (token_id,)
+            self.counts.num_generated_tokens += 1
         if request.is_finished:
             self._retire(request)
 
@@ -196,13 +336,16 @@ class Scheduler:
         """Frees the slot; the last decoding request takes a decoding one's place, in list and cache."""
         row = request.row
         assert row is not None
-        self.num_ended += 1
-        self._live.discard(request)
+        self._count_out(request)
         if request in self._prefilling:
             self._prefilling.remove(request)
             self._promote(request.siblings)
             request.siblings = []
         else:
+            if self.speculator is not None:
+                self.speculator.forget(request)
+            if self.prefix_cache is not None:
+                self.prefix_cache.keep_completion(request)
             place = self._decoding.index(request)
             self._decoding[place] = self._decoding[-1]
             self._rows[place] = self._rows[-1]
@@ -212,3 +355,14 @@ class Scheduler:
             self._cache.swap(row.slot, len(self._decoding))
         self._cache.free(row.slot)
         request.row = None
+
+    def _count_out(self, request: Request) -> None:
+        """Takes a request that has ended from the books."""
+        self._live.discard(request)
+        reason = "error" if request.error is not None else request.finish_reason
+        assert reason is not None
+        self.counts.num_finished[reason] += 1
+
+
+def _num_left(request: Request) -> int:
+    return len(request.prompt_ids) - request.num_prefilled

@@ -12,22 +12,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.outputs import Score, TextError
+from modernbert_decoder.engine.probabilities import not_finite
 from modernbert_decoder.engine.prompts import Prompt, checked_ids, checked_integer
 from modernbert_decoder.engine.reading import Passage, Run
-from modernbert_decoder.engine.selection import log_sum_exp
-from modernbert_decoder.errors import CheckpointError, InputError
+from modernbert_decoder.engine.selection import log_sum_exp, top_k_ids
+from modernbert_decoder.errors import ArgumentError, InputError
 from modernbert_decoder.tokenizer import Tokenizer
-
-Float32 = NDArray[np.float32]
 
 
 class LogProbabilities:
-    """Reads off rows of logits what probability they give to certain tokens."""
+    """Reads off rows of logits what probability they give to certain tokens.
 
-    def __init__(self, vocab_size: int) -> None:
+    Attributes:
+        num_top: how many of the most likely tokens are wanted as well.
+    """
+
+    def __init__(self, vocab_size: int, *, num_top: int = 0) -> None:
+        self.num_top = num_top
         self._scratch = np.empty(vocab_size, np.float32)
 
     def normalizer(self, logits: Float32) -> float:
@@ -38,17 +42,16 @@ class LogProbabilities:
         """
         peak = logits.max()
         if not math.isfinite(peak):
-            raise CheckpointError(
-                "the model produced logits that are not finite; its weights are damaged: "
-                "fetch or convert them again"
-            )
+            raise not_finite()
         return log_sum_exp(logits, peak, scratch=self._scratch)
 
-    def of(self, targets: Sequence[int], logits: Float32) -> list[float]:
-        """The log-probability of one token for each row of logits (n, V)."""
-        return [
-            float(row[target]) - self.normalizer(row) for row, target in zip(logits, targets, strict=True)
-        ]
+    def top(self, logits: Float32, normalizer: float) -> tuple[tuple[int, float], ...]:
+        """The `num_top` most likely tokens of one row (V,) and their log-probabilities, in order."""
+        ids = top_k_ids(logits, self.num_top)
+        return tuple(
+            (token_id, value - normalizer)
+            for token_id, value in zip(ids.tolist(), logits[ids].tolist(), strict=True)
+        )
 
 
 class Scored(Passage):
@@ -57,9 +60,10 @@ class Scored(Passage):
     Attributes:
         targets: the tokens behind the wanted positions.
         logprobs: theirs, as far as they are known.
+        tops: for each, the most likely tokens there, where they are wanted.
     """
 
-    __slots__ = ("logprobs", "targets")
+    __slots__ = ("logprobs", "targets", "tops")
 
     def __init__(
         self,
@@ -74,11 +78,16 @@ class Scored(Passage):
         super().__init__(source, wanted=(length - len(targets), length), part=part, lead=lead)
         self.targets = targets
         self.logprobs: list[float] = []
+        self.tops: list[tuple[tuple[int, float], ...]] = []
 
     def accept(self, logits: Float32, reader: LogProbabilities) -> None:
         """Takes the next rows of logits."""
         known = len(self.logprobs)
-        self.logprobs += reader.of(self.targets[known : known + len(logits)], logits)
+        for target, row in zip(self.targets[known : known + len(logits)], logits, strict=True):
+            normalizer = reader.normalizer(row)
+            self.logprobs.append(float(row[target]) - normalizer)
+            if reader.num_top:
+                self.tops.append(reader.top(row, normalizer))
 
 
 class Scoring:
@@ -89,19 +98,30 @@ class Scoring:
         vocab_size: of the model.
         context: most tokens of one window.
         stride: by how many tokens a window advances; None refuses texts longer than the context.
+        num_top: how many of the most likely tokens to report at each place.
 
     Raises:
-        InputError: a stride that is not from 1 to the context less 1.
+        InputError: a stride that is not from 1 to the context less 1, or `num_top` beyond the vocabulary.
     """
 
     wants_logits = True
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, context: int, stride: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        context: int,
+        stride: int | None,
+        num_top: int = 0,
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._context = context
         self._stride = None if stride is None else checked_integer("stride", stride, 1, context - 1)
-        self._logprobs = LogProbabilities(vocab_size)
+        self._logprobs = LogProbabilities(
+            vocab_size, num_top=checked_integer("top_logprobs", num_top, 0, vocab_size)
+        )
 
     def prepare(self, texts: Sequence[Prompt]) -> list[ScoredText | TextError]:
         """The windows of each text, or what is wrong with it."""
@@ -114,7 +134,7 @@ class Scoring:
                 num_bytes = self._tokenizer.num_bytes(text if isinstance(text, str) else ids[1:])
                 items.append(ScoredText(ids, num_bytes, self._windows(ids)))
             except InputError as error:
-                items.append(TextError(str(error)))
+                items.append(TextError.of(error))
         return items
 
     def _given_ids(self, text: Prompt) -> list[int]:
@@ -134,9 +154,9 @@ class Scoring:
         if count <= context:
             return [Scored(ids, ids[1:], part=(0, count - 1))]
         if self._stride is None:
-            raise InputError(
-                f"the text has {count} tokens and the context holds {context}; score it in windows with "
-                f"stride, for instance {max(1, context // 2)}"
+            raise ArgumentError(
+                f"the text has {count} tokens and the context holds {context}; score it in windows with ",
+                f"stride={max(1, context // 2)}",
             )
         windows = [Scored(ids, ids[1:context], part=(0, context - 1))]
         begin, known = 1, context
@@ -158,11 +178,13 @@ class Scoring:
 
     def finish(self, items: Sequence[ScoredText]) -> list[Score]:
         """The log-probabilities of all windows, put together."""
+        is_top_wanted = self._logprobs.num_top > 0
         return [
             Score(
                 tuple(item.ids),
                 tuple(logprob for passage in item.passages for logprob in passage.logprobs),
                 item.num_bytes,
+                tuple(top for passage in item.passages for top in passage.tops) if is_top_wanted else None,
             )
             for item in items
         ]

@@ -27,7 +27,6 @@ from modernbert_decoder.checkpoint import (
     write_folder,
     write_safetensors,
 )
-from modernbert_decoder.config_keys import load_config
 from modernbert_decoder.costs import EMBEDDING
 from modernbert_decoder.errors import CheckpointError, ConfigurationError, InputError, ModelNotFoundError
 from modernbert_decoder.quantization import (
@@ -127,7 +126,7 @@ def quantize_checkpoint(
         raise InputError("float32 is not a quantized format; choose int8 or int4")
 
     def write(folder: Path) -> None:
-        config = {**load_config(checkpoint.folder / "config.json"), QUANTIZATION_KEY: scheme.to_dict()}
+        config = {**checkpoint.config(), QUANTIZATION_KEY: scheme.to_dict()}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in _COMPANIONS:
             if (checkpoint.folder / name).is_file():

@@ -160,18 +160,25 @@ class Inputs:
         return done / max(sum(sizes), 1)
 
     def blocks(
-        self, start: Position | None = None, *, digest: StreamDigest | None = None
+        self,
+        start: Position | None = None,
+        *,
+        digest: StreamDigest | None = None,
+        is_live: bool = False,
     ) -> Generator[Block, None, None]:
         """The records from `start` on, which must be the end of a block, in blocks.
 
         Args:
             start: where to begin.
             digest: follows what is read from standard input, and is marked at the end of each record.
+            is_live: a block also ends where standard input has nothing more to give at the moment, so that
+                borders do not follow from the inputs alone.
         """
         block_start = start or Position()
         records: list[Record] = []
         num_characters = num_kept = 0
-        with closing(self.records(block_start, digest=digest)) as stream:
+        source = StandardInput(digest or StreamDigest())
+        with closing(self._records(block_start, source)) as stream:
             for record in stream:
                 records.append(record)
                 num_characters += record.num_characters
@@ -182,6 +189,7 @@ class Inputs:
                     len(records) == BLOCK_ROWS
                     or num_characters >= BLOCK_CHARACTERS
                     or num_kept >= BLOCK_KEPT_CHARACTERS
+                    or (is_live and record.file is None and not self.texts and source.is_waiting())
                 ):
                     yield Block(block_start, records)
                     block_start = record.end
@@ -197,10 +205,12 @@ class Inputs:
         Raises:
             InputError: a file cannot be read at all, or standard input is not what it was.
         """
-        start = start or Position()
-        if digest is not None and STANDARD_INPUT in self.files[: start.file]:
-            StandardInput(digest).read_to_end()
-            digest.compare()
+        return self._records(start or Position(), StandardInput(digest or StreamDigest()))
+
+    def _records(self, start: Position, source: StandardInput) -> Generator[Record, None, None]:
+        if STANDARD_INPUT in self.files[: start.file]:
+            source.read_to_end()
+            source.digest.compare()
         if self.texts:
             for row, text in enumerate(self.texts[start.row :], start.row + 1):
                 yield self._record(0, None, RawRow(row, row, {TEXT_COLUMN: text}))
@@ -208,13 +218,13 @@ class Inputs:
             name = self.files[index]
             label = None if name == STANDARD_INPUT else name
             begin = start if index == start.file else Position(index)
-            with _about(name), closing(self._rows(name, begin, digest)) as rows:
+            with _about(name), closing(self._rows(name, begin, source)) as rows:
                 for raw in rows:
                     yield self._record(index, label, raw)
 
-    def _rows(self, name: str, start: Position, digest: StreamDigest | None) -> Generator[RawRow, None, None]:
+    def _rows(self, name: str, start: Position, source: StandardInput) -> Generator[RawRow, None, None]:
         if name == STANDARD_INPUT:
-            yield from read_text(StandardInput(digest or StreamDigest()), start)
+            yield from read_text(source, start)
             return
         path = self._path(name)
         suffix = path.suffix.lower()

@@ -32,7 +32,8 @@ from modernbert_decoder.jobs.writers import JSONL, PARQUET, json_line, kinds_of_
 if TYPE_CHECKING:
     from modernbert_decoder.engine.llm import LLM
 
-_TOKENIZER: Final = "tokenizer.json"
+# What texts become depends on them; the model's fingerprint is of the other files.
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class EngineOptions:
     revision: str | None = None
     dtype: str | None = None
     vocabulary_dtype: str | None = None
+    adapter: str | None = None
     threads: int | None = None
     max_context: int | None = None
 
@@ -62,13 +64,17 @@ class EngineOptions:
         Raises:
             UserError: there is no such model.
         """
-        from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
+        from modernbert_decoder.checkpoint import find_checkpoint
+        from modernbert_decoder.engine.loading import open_checkpoint
 
         folder = find_checkpoint(self.model, revision=self.revision)
-        tokenizer = folder / _TOKENIZER
+        tokenizer = hashlib.sha256()
+        for path in (folder / name for name in _TOKENIZER_FILES):
+            tokenizer.update(path.read_bytes() if path.is_file() else b"")
+            tokenizer.update(b"\0")
         return {
-            "fingerprint": Checkpoint.open(folder).fingerprint(),
-            "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+            "fingerprint": open_checkpoint(folder, self.adapter).fingerprint(),
+            "tokenizer": tokenizer.hexdigest(),
             "dtype": self.dtype,
             "vocabulary_dtype": self.vocabulary_dtype,
             "max_context": self.max_context,
@@ -84,12 +90,14 @@ class Job:
         inputs: the rows.
         engine: the model.
         top: of results that are sorted, only so many; None: all.
+        on_command_line: rows that cannot be used are told the names of options, not of arguments.
     """
 
     task: Task
     inputs: Inputs
     engine: EngineOptions
     top: int | None = None
+    on_command_line: bool = False
 
     @property
     def has_files(self) -> bool:
@@ -226,32 +234,43 @@ def compute_blocks(job: Job, start: Position, digest: StreamDigest) -> Generator
     try:
         for block in job.inputs.blocks(start, digest=digest):
             llm = llm or job.engine.open()
-            yield compute_block(job.task, llm, block)
+            yield compute_block(job, llm, block)
     finally:
         if llm is not None:
             llm.close()
 
 
-def compute_block(task: Task, llm: LLM, block: Block) -> ComputedBlock:
+def compute_block(job: Job, llm: LLM, block: Block) -> ComputedBlock:
     """The results of one block."""
     lines: list[bytes] = []
     reports: list[tuple[str, str]] = []
-    for record, row in zip(block.records, rows_of(task, llm, block.records), strict=True):
+    rows = rows_of(job.task, llm, block.records, on_command_line=job.on_command_line)
+    for record, row in zip(block.records, rows, strict=True):
         lines.append(json_line(row))
         if row[ERROR] is not None:
             reports.append((record.where, row[ERROR]))
     return ComputedBlock(b"".join(lines), len(lines), reports, block.end)
 
 
-def stream_rows(job: Job, listeners: Listeners) -> Generator[dict[str, Any], None, None]:
-    """The results of a job one by one, in the order of the rows, or sorted where the task says so.
+def stream_blocks(job: Job, listeners: Listeners) -> Generator[Iterator[dict[str, Any]], None, None]:
+    """The results of a job, in the order of the rows, or sorted where the task says so.
+
+    They come in parts, each of which has to be read before the next. One ends where standard input has
+    nothing more to give at the moment.
 
     Raises:
         UserError: whatever is wrong with inputs or model.
     """
     job.inputs.check()
-    rows = _rows_in_order(job, listeners)
-    return _rows_sorted(rows, job.top) if job.task.is_sorted else rows
+    blocks = _blocks_in_order(job, listeners)
+    return _sorted_block(blocks, job.top) if job.task.is_sorted else blocks
+
+
+def stream_rows(job: Job, listeners: Listeners) -> Generator[dict[str, Any], None, None]:
+    """`stream_blocks`, row by row."""
+    with closing(stream_blocks(job, listeners)) as blocks:
+        for rows in blocks:
+            yield from rows
 
 
 def _same_stream_digest(job: Job, results: ResumableOutput) -> str | None:
@@ -334,28 +353,33 @@ def sorted_rows(lines: Path, top: int | None) -> Iterator[dict[str, Any]]:
             yield {RANK: None, **json.loads(file.readline())}
 
 
-def _rows_sorted(
-    rows: Generator[dict[str, Any], None, None], top: int | None
-) -> Generator[dict[str, Any], None, None]:
-    """The same for rows that are not in a file yet; they wait in a temporary one."""
-    with closing(rows), tempfile.TemporaryDirectory() as folder:
+def _sorted_block(
+    blocks: Generator[Iterator[dict[str, Any]], None, None], top: int | None
+) -> Generator[Iterator[dict[str, Any]], None, None]:
+    """All results as one part, sorted; until all are there, they wait in a temporary file."""
+    with closing(blocks), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         with open(path, "wb") as file:
-            file.writelines(map(json_line, rows))
-        yield from sorted_rows(path, top)
+            file.writelines(json_line(row) for rows in blocks for row in rows)
+        yield sorted_rows(path, top)
 
 
-def _rows_in_order(job: Job, listeners: Listeners) -> Generator[dict[str, Any], None, None]:
+def _blocks_in_order(job: Job, listeners: Listeners) -> Generator[Iterator[dict[str, Any]], None, None]:
     llm: LLM | None = None
     try:
-        with closing(job.inputs.blocks()) as blocks:
+        with closing(job.inputs.blocks(is_live=True)) as blocks:
             for block in blocks:
                 llm = llm or job.engine.open()
-                for record, row in zip(block.records, rows_of(job.task, llm, block.records), strict=True):
-                    if row[ERROR] is not None:
-                        listeners.report(record.where, row[ERROR])
-                    listeners.on_rows(1, None)
-                    yield row
+                yield _reported_rows(job, llm, block, listeners)
     finally:
         if llm is not None:
             llm.close()
+
+
+def _reported_rows(job: Job, llm: LLM, block: Block, listeners: Listeners) -> Iterator[dict[str, Any]]:
+    rows = rows_of(job.task, llm, block.records, on_command_line=job.on_command_line)
+    for record, row in zip(block.records, rows, strict=True):
+        if row[ERROR] is not None:
+            listeners.report(record.where, row[ERROR])
+        listeners.on_rows(1, None)
+        yield row

@@ -105,7 +105,7 @@ class BlockWorker:
         try:
             self._llm = job.engine.open()
         except UserError as error:
-            self._problem = str(error)
+            self._problem = self._told(error)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """The results of the block that the item describes, or the problem that there are none."""
@@ -116,9 +116,9 @@ class BlockWorker:
             try:
                 with closing(self._job.inputs.records(start)) as records:
                     block = Block(start, list(islice(records, int(item["num_rows"]))))
-                computed = compute_block(self._job.task, self._llm, block)
+                computed = compute_block(self._job, self._llm, block)
             except UserError as error:
-                problem = str(error)
+                problem = self._told(error)
         return {
             "problem": problem,
             "lines": computed.lines,
@@ -126,6 +126,9 @@ class BlockWorker:
             "reports": json.dumps(computed.reports),
             **{f"end_{name}": value for name, value in asdict(computed.end).items()},
         }
+
+    def _told(self, error: UserError) -> str:
+        return error.on_command_line() if self._job.on_command_line else str(error)
 
 
 def _for_workers(job: Job, *, threads: int) -> Job:

@@ -6,8 +6,10 @@ It has neither a name nor a time of change: a digest tells it from others. This 
 from __future__ import annotations
 
 import hashlib
+import select
 import sys
-from typing import BinaryIO, Final
+from io import BufferedReader
+from typing import Final, cast
 
 from modernbert_decoder.errors import InputError
 
@@ -52,34 +54,70 @@ class StreamDigest:
 
 
 class StandardInput:
-    """Standard input as a stream that can be sought forward, by reading."""
+    """Standard input as a stream that can be sought forward, by reading.
+
+    It holds what it has read too much itself, to know whether reading on would wait.
+
+    Attributes:
+        digest: of what was handed on.
+    """
 
     def __init__(self, digest: StreamDigest) -> None:
         """`digest` follows what is read."""
-        self._digest = digest
+        self.digest = digest
+        self._held = bytearray()
 
     def readline(self, size: int = -1, /) -> bytes:
         """The next line, or its first `size` bytes."""
-        line = self._stream.readline(size)
-        self._digest.update(line)
+        limit = sys.maxsize if size < 0 else size
+        num_searched = 0
+        while not (end := self._held.find(b"\n", num_searched, limit) + 1) and len(self._held) < limit:
+            num_searched = len(self._held)
+            if not self._read_more():
+                break
+        line = bytes(self._held[: end or min(len(self._held), limit)])
+        del self._held[: len(line)]
+        self.digest.update(line)
         return line
+
+    def is_waiting(self) -> bool:
+        """Whether the next line is not there yet; never where the system cannot tell."""
+        if b"\n" in self._held:
+            return False
+        try:
+            readable, _, _ = select.select([self._stream], [], [], 0)
+        except (OSError, ValueError):  # no file of the system, or a system that waits for sockets only
+            return False
+        return not readable
 
     def seek(self, offset: int, /) -> int:
         """Reads on to this offset, from the beginning."""
         left = offset
-        while left and (piece := self._stream.read(min(left, _PIECE_BYTES))):
-            left -= len(piece)
-            self._digest.update(piece)
-        self._digest.compare()
+        while left and (self._held or self._read_more()):
+            left -= self._take(left)
+        self.digest.compare()
         return offset
 
     def read_to_end(self) -> None:
         """Reads whatever is left."""
-        while piece := self._stream.read(_PIECE_BYTES):
-            self._digest.update(piece)
+        while self._held or self._read_more():
+            self._take(len(self._held))
+
+    def _take(self, size: int) -> int:
+        """Hands what is held to the digest, at most `size` bytes."""
+        taken = bytes(self._held[:size])
+        del self._held[: len(taken)]
+        self.digest.update(taken)
+        return len(taken)
+
+    def _read_more(self) -> bool:
+        """Waits until there is more; False at the end."""
+        piece = self._stream.read1(_PIECE_BYTES)
+        self._held += piece
+        return bool(piece)
 
     @property
-    def _stream(self) -> BinaryIO:
+    def _stream(self) -> BufferedReader:
         if sys.stdin is None:
             raise InputError("standard input is closed, and neither texts nor files are given")
-        return sys.stdin.buffer
+        return cast(BufferedReader, sys.stdin.buffer)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from modernbert_decoder.engine.outputs import TextError
-from modernbert_decoder.errors import InputError
+from modernbert_decoder.errors import ArgumentError, InputError
 from modernbert_decoder.jobs.rows import Record
 
 if TYPE_CHECKING:
@@ -24,13 +24,6 @@ ROW: Final = "row"
 ERROR: Final = "error"
 RANK: Final = "rank"
 SORT_BY: Final = "score"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why one record has no result."""
-
-    message: str
 
 
 Values = Mapping[str, Any]
@@ -47,7 +40,7 @@ class Task(Protocol):
     def columns(self) -> Mapping[str, str]:
         """The columns of a result: name -> kind of its values, as `write_parquet` lists them."""
 
-    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | Failure]:
+    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | TextError]:
         """The results of usable records, in their order."""
 
 
@@ -63,18 +56,28 @@ def result_columns(task: Task, kept: Mapping[str, str], *, has_files: bool) -> d
     return {**rank, **file, ROW: "integer", **kept, **task.columns, ERROR: "text"}
 
 
-def rows_of(task: Task, llm: LLM, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
-    """One result for each record, in their order: the task's values, or nulls and what was wrong."""
+def rows_of(
+    task: Task, llm: LLM, records: Sequence[Record], *, on_command_line: bool
+) -> Iterator[dict[str, Any]]:
+    """One result for each record, in their order: the task's values, or nulls and what was wrong.
+
+    Args:
+        task: what to compute.
+        llm: the engine.
+        records: the rows.
+        on_command_line: arguments that would have helped are called as the command line calls them.
+    """
     usable = [record for record in records if record.error is None]
     outcomes = iter(task.results(llm, usable)) if usable else iter(())
     nothing = dict.fromkeys(task.columns)
     for record in records:
-        outcome = Failure(record.error) if record.error is not None else next(outcomes, None)
+        outcome = TextError(record.error) if record.error is not None else next(outcomes, None)
         assert outcome is not None, "the engine answers every text"
         row: dict[str, Any] = {} if record.file is None else {FILE: record.file}
         row |= {ROW: record.row, **record.kept}
-        if isinstance(outcome, Failure):
-            yield {**row, **nothing, ERROR: outcome.message}
+        if isinstance(outcome, TextError):
+            message = (on_command_line and outcome.on_command_line) or outcome.message
+            yield {**row, **nothing, ERROR: message}
         else:
             yield {**row, **outcome, ERROR: None}
 
@@ -101,14 +104,14 @@ class Classify:
         every = {"scores": "probabilities"} if self.all_labels else {}
         return {"label": "text", "score": "number", **every, "num_tokens": "integer"}
 
-    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | Failure]:
+    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | TextError]:
         """The results of usable records, in their order."""
         texts = (record.text if record.pair is None else (record.text, record.pair) for record in records)
         outputs = llm.iter_classify(texts, truncate=self.truncate, max_length=self.max_length)
         labels = _labels(llm)
         for output in outputs:
             if isinstance(output, TextError):
-                yield Failure(output.message)
+                yield output
                 continue
             probabilities = output.probabilities
             score = probabilities[labels.index(output.label)]
@@ -139,10 +142,10 @@ class ScoreTexts:
         every = {"token_ids": "integers", "token_logprobs": "numbers"} if self.tokens else {}
         return {**numbers, **lengths, **every}
 
-    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | Failure]:
+    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | TextError]:
         """The results of usable records, in their order."""
         for output in llm.iter_score((record.text for record in records), stride=self.stride):
-            yield Failure(output.message) if isinstance(output, TextError) else self._values(output)
+            yield output if isinstance(output, TextError) else self._values(output)
 
     def _values(self, score: Score) -> Values:
         values: dict[str, Any] = {
@@ -180,7 +183,7 @@ class Embed:
         """`embedding` and the text's `num_tokens`."""
         return {"embedding": "numbers", "num_tokens": "integer"}
 
-    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | Failure]:
+    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | TextError]:
         """The results of usable records, in their order."""
         outputs = llm.iter_embed(
             (record.text for record in records),
@@ -191,7 +194,7 @@ class Embed:
         )
         for output in outputs:
             if isinstance(output, TextError):
-                yield Failure(output.message)
+                yield output
             else:
                 yield {"embedding": _float32_values(output), "num_tokens": output.num_tokens}
 
@@ -217,14 +220,14 @@ class Rank:
         """The `best` candidate, its `score`, and the whole `ranking`."""
         return {"best": "text", "score": "number", "ranking": "ranking"}
 
-    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | Failure]:
+    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | TextError]:
         """The results of usable records, in their order."""
         items = ((record.text, record.candidates or self.candidates) for record in records)
         outputs = llm.iter_rank(
             items, normalization=self.normalization, unconditional_text=self.unconditional_text
         )
         for output in outputs:
-            yield Failure(output.message) if isinstance(output, TextError) else _ranking(output)
+            yield output if isinstance(output, TextError) else _ranking(output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,21 +258,19 @@ class Rerank:
         """The `score` to sort by."""
         return {"score": "number"}
 
-    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | Failure]:
+    def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | TextError]:
         """The results of usable records, in their order."""
         if self.by == "likelihood":
             # White space at a document's end would be scored with the query, which it makes improbable.
             items = ((record.text.rstrip() + self.separator, (self.query,)) for record in records)
             for ranked in llm.iter_rank(items):
-                yield (
-                    Failure(ranked.message) if isinstance(ranked, TextError) else {"score": ranked[0].score}
-                )
+                yield ranked if isinstance(ranked, TextError) else {"score": ranked[0].score}
             return
         index = self._label_index(_labels(llm))
         pairs = ((self.query, record.text) for record in records)
         for output in llm.iter_classify(pairs, truncate=self.truncate, max_length=self.max_length):
             if isinstance(output, TextError):
-                yield Failure(output.message)
+                yield output
             else:
                 yield {"score": output.probabilities[index]}
 
@@ -277,8 +278,10 @@ class Rerank:
         if self.label is None and len(labels) == 1:
             return 0
         if self.label is None or self.label not in labels:
-            problem = "--label is missing" if self.label is None else f"there is no label {self.label!r}"
-            raise InputError(f"{problem}; give one of the classifier's: {', '.join(labels[:20])}")
+            problem = "is missing" if self.label is None else f"is {self.label!r}, which there is not"
+            raise ArgumentError(
+                "", "label", f" {problem}; give one of the classifier's: {', '.join(labels[:20])}"
+            )
         return labels.index(self.label)
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from modernbert_decoder.errors import InputError
+from modernbert_decoder.errors import ArgumentError, InputError
 from modernbert_decoder.pipelines.arguments import as_count, warn_caller
+from modernbert_decoder.templates import TextTooLongError
 
 if TYPE_CHECKING:
     from modernbert_decoder.engine.llm import LLM
@@ -85,15 +86,14 @@ class Encoding:
         Raises:
             InputError: it is too long, and may not be cut or not far enough.
         """
-        if self.strategy is None:
-            ids = llm.tokenizer.encode_template(text, pair)
-            if len(ids) > self.limit:
-                raise InputError(
-                    f"a text has {len(ids)} tokens, but the context holds {self.limit}; pass truncation=True "
-                    f"to cut it: {text[:60]!r}"
-                )
-            return ids
-        return llm.tokenizer.encode_template(text, pair, max_length=self.limit, truncation=self.strategy)
+        try:
+            return llm.tokenizer.encode_template(text, pair, max_length=self.limit, truncation=self.strategy)
+        except TextTooLongError as error:
+            raise ArgumentError(
+                f"a text has {error.num_tokens} tokens, but the context holds {self.limit}; cut it with ",
+                "truncation=True",
+                f": {text[:60]!r}",
+            ) from error
 
 
 def tokenizer_limit(folder: Path) -> int:

@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head
 from modernbert_decoder.engine.outputs import ClassificationOutput
+from modernbert_decoder.engine.probabilities import Floats, sigmoid, softmax
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.pipelines.arguments import OTHER_WAY, as_count
 from modernbert_decoder.pipelines.encoding import TOKENIZER_ADVICE, TOKENIZER_ARGUMENTS, Encoding
 from modernbert_decoder.pipelines.engine_pipeline import EnginePipeline, in_batches, require_text, unfailing
-
-Floats = NDArray[np.floating[Any]]
 
 NO_CLASSIFIER: Final = (
     "the checkpoint has no trained classifier (it is {head}), and the engine does not invent one; fine-tune "
@@ -135,25 +133,3 @@ def _default_function(architecture: DecoderArchitecture) -> str:
     if architecture.problem_type == "multi_label_classification" or len(architecture.id2label) == 1:
         return "sigmoid"
     return "softmax"
-
-
-def sigmoid(logits: Floats) -> Floats:
-    """Elementwise, without overflow.
-
-    >>> sigmoid(np.float32([-200.0, 0.0])).tolist()
-    [0.0, 0.5]
-    """
-    weights = np.exp(-np.abs(logits))
-    values: Floats = np.where(logits >= 0, 1, weights) / (1 + weights)
-    return values
-
-
-def softmax(logits: Floats) -> Floats:
-    """Over the last axis.
-
-    >>> softmax(np.float32([1000.0, 1000.0])).tolist()
-    [0.5, 0.5]
-    """
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    values: Floats = weights / weights.sum(axis=-1, keepdims=True)
-    return values

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from modernbert_decoder.architecture import Head
-from modernbert_decoder.engine.ranking import NORMALIZATIONS
+from modernbert_decoder.engine.choices import NORMALIZATIONS
+from modernbert_decoder.engine.probabilities import sigmoid, softmax
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.pipelines.arguments import as_flag
 from modernbert_decoder.pipelines.encoding import Encoding
 from modernbert_decoder.pipelines.engine_pipeline import EnginePipeline, in_batches, require_text, unfailing
-from modernbert_decoder.pipelines.text_classification import NO_CLASSIFIER, described, sigmoid, softmax
+from modernbert_decoder.pipelines.text_classification import NO_CLASSIFIER, described
 
 DEFAULT_TEMPLATE: Final = "This example is {}."
 UNCONDITIONAL: Final = "unconditional"
@@ -27,6 +28,8 @@ UNCONDITIONAL: Final = "unconditional"
 _SEPARATOR: Final = "\n"
 # Where two texts meet, both together may have a few tokens more than each by itself.
 _TOKENS_OF_A_SEAM: Final = 8
+# Of a tokenizer of bytes: four of UTF-8, and normalization makes three characters of some.
+_MOST_TOKENS_PER_CHARACTER: Final = 12
 
 
 class ZeroShotClassificationPipeline(EnginePipeline):
@@ -123,6 +126,8 @@ class ZeroShotClassificationPipeline(EnginePipeline):
             )
         stem, candidates = continuations(template, labels)
         ending = _SEPARATOR + stem
+        whole_endings = self.tokenizer.encode_batch([ending + candidate for candidate in candidates])
+        longest = max(map(len, whole_endings))  # [CLS] included
 
         def run(items: Iterable[Any]) -> Iterator[Any]:
             waiting: list[str] = []
@@ -131,7 +136,7 @@ class ZeroShotClassificationPipeline(EnginePipeline):
                 for item in items:
                     text = require_text(item, task=self.task)
                     waiting.append(text)
-                    yield self._cut(text, ending, candidates) + ending, candidates
+                    yield self._cut(text, longest) + ending, candidates
 
             rankings = self.model.iter_rank(
                 questions(),
@@ -146,12 +151,12 @@ class ZeroShotClassificationPipeline(EnginePipeline):
 
         return run
 
-    def _cut(self, text: str, ending: str, candidates: Sequence[str]) -> str:
-        """The text, without what would not fit before its ending and the longest candidate."""
-        tokenizer = self.tokenizer
-        longest = max(len(tokenizer.encode(ending + candidate)) for candidate in candidates)
+    def _cut(self, text: str, longest: int) -> str:
+        """The text, without what would not fit before its ending and the longest candidate together."""
         room = self.model.max_context - longest - _TOKENS_OF_A_SEAM
-        ids = tokenizer.encode(text)[1:]
+        if _MOST_TOKENS_PER_CHARACTER * len(text) <= room:
+            return text
+        ids = self.tokenizer.first_ids(text, max(room, 0) + 1)
         if len(ids) <= room:
             return text
         if room < 1:
@@ -159,7 +164,7 @@ class ZeroShotClassificationPipeline(EnginePipeline):
                 f"the hypothesis has up to {longest} tokens and leaves nothing of the context of "
                 f"{self.model.max_context} to the text; shorten the labels"
             )
-        return tokenizer.decode(ids[:room], skip_special_tokens=False)
+        return self.tokenizer.decode(ids[:room], skip_special_tokens=False)
 
 
 def parsed_labels(labels: Any) -> list[str]:

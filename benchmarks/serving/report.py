@@ -1,0 +1,192 @@
+"""The page of a run under load, made from its results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.peers import Absent
+from benchmarks.serving.load import LoadResult, Workload
+from benchmarks.serving.servers import LLAMA, OURS, Setup
+from benchmarks.summary import Spread
+from benchmarks.tables import number, setting, spread_text, table
+
+FORMAT = 1
+# At this many clients, at least this many times the tokens per second of llama-server.
+TARGET_CLIENTS, TARGET_RATIO = 8, 2.0
+_SETTING = (
+    "Random models of the released shapes: ours as ModernBERT decoders, llama.cpp's as Llamas of the "
+    "same layers, widths and vocabulary, with the same tokens. Every client asks for one streamed "
+    "completion after the other, on new connections; prompts have 8 to 256 words and completions 16 to "
+    "128 tokens, drawn alike for every server and new in every round. The servers of a group are all "
+    "loaded, and rounds alternate between them, so that each has the machine to itself while it is "
+    "measured. Clients run on the same processors. `llama-server` has 8 parallel slots, ours 32. Tokens "
+    "per second are those of all completions together; times are medians over the rounds of the "
+    "percentiles over all requests. Time between tokens is that between chunks with text."
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Setups that are compared with each other."""
+
+    name: str
+    setups: Sequence[Setup]
+    workload: Workload
+    clients: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One server under one number of clients, over the rounds; times in seconds.
+
+    Attributes:
+        ratio: the first server's tokens per second over this one's, within each round; None for the first.
+        errors: requests that failed.
+        rss_growth: resident bytes at the end over those at the beginning of the measurement, the largest.
+    """
+
+    group: str
+    server: str
+    variant: str
+    size: str
+    clients: int
+    rounds: int
+    tokens_per_second: Spread
+    ratio: Spread | None
+    first_token_p50: Spread
+    first_token_p95: Spread
+    between_p50: Spread
+    between_p95: Spread
+    requests: int
+    errors: int
+    rss_growth: float
+
+    @classmethod
+    def of(
+        cls,
+        group: str,
+        setup: Setup,
+        clients: int,
+        results: Sequence[LoadResult],
+        of_first: Sequence[LoadResult],
+        *,
+        is_first: bool,
+    ) -> Line:
+        """Of all rounds."""
+        ratios = [
+            first.tokens_per_second / each.tokens_per_second
+            for first, each in zip(of_first, results, strict=True)
+            if each.tokens_per_second
+        ]
+        return cls(
+            group=group,
+            server=setup.server,
+            variant=setup.variant,
+            size=setup.size,
+            clients=clients,
+            rounds=len(results),
+            tokens_per_second=Spread.of(each.tokens_per_second for each in results),
+            ratio=None if is_first or not ratios else Spread.of(ratios),
+            first_token_p50=Spread.of(each.first_token[0] for each in results),
+            first_token_p95=Spread.of(each.first_token[1] for each in results),
+            between_p50=Spread.of(each.between[0] for each in results),
+            between_p95=Spread.of(each.between[1] for each in results),
+            requests=sum(each.requests for each in results),
+            errors=sum(sum(each.errors.values()) for each in results),
+            rss_growth=max(
+                (each.rss[-1] / each.rss[0] for each in results if len(each.rss) > 1), default=1.0
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class ServingResults:
+    """One run; `bandwidth` is not measured here and there only for `setting`."""
+
+    format: int
+    date: str
+    machine: dict[str, Any]
+    threads: int
+    versions: dict[str, str]
+    bandwidth: Spread | None
+    absent: list[Absent]
+    lines: list[Line]
+
+
+def page(results: ServingResults) -> str:
+    """docs/serving-benchmarks.md."""
+    parts = [
+        "# Serving under load",
+        "Written by `python -m benchmarks.serving` from one run.",
+        setting(results),  # type: ignore[arg-type]
+        _SETTING,
+        "## Numbers to hold",
+        _claims(results.lines),
+    ]
+    for name in dict.fromkeys(line.group for line in results.lines):
+        parts += [f"## {name}", _table(line for line in results.lines if line.group == name)]
+    if results.absent:
+        parts += ["## Not measured", "\n".join(f"- {each}" for each in results.absent)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _claims(lines: Sequence[Line]) -> str:
+    rows = []
+    for line in lines:
+        if line.server != LLAMA or line.clients != TARGET_CLIENTS or line.ratio is None:
+            continue
+        (own,) = [
+            each
+            for each in lines
+            if (each.group, each.clients, each.server) == (line.group, line.clients, OURS)
+        ]
+        is_faster = line.ratio.median >= TARGET_RATIO
+        is_prompt = own.first_token_p50.median <= line.first_token_p50.median
+        rows.append(
+            [
+                f"{line.group}, {line.clients} clients",
+                f"{TARGET_RATIO:g}x tokens/s",
+                spread_text(line.ratio),
+                "held" if is_faster else "**not held**",
+                "no worse first token",
+                "held" if is_prompt else "**not held**",
+            ]
+        )
+    if not rows:
+        return "llama-server was not measured at 8 clients."
+    return table(["against llama-server", "target", "measured", "", "target", ""], rows)
+
+
+def _table(lines: Iterable[Line]) -> str:
+    header = [
+        "server",
+        "clients",
+        "tokens/s",
+        "first over this",
+        "first token p50, ms",
+        "p95",
+        "between tokens p50, ms",
+        "p95",
+        "requests",
+        "failed",
+        "memory, end / begin",
+    ]
+    rows = [
+        [
+            f"{line.server} {line.variant}",
+            str(line.clients),
+            spread_text(line.tokens_per_second),
+            spread_text(line.ratio) if line.ratio else "",
+            number(line.first_token_p50.median * 1e3),
+            number(line.first_token_p95.median * 1e3),
+            number(line.between_p50.median * 1e3),
+            number(line.between_p95.median * 1e3),
+            str(line.requests),
+            str(line.errors),
+            f"{line.rss_growth:.2f}",
+        ]
+        for line in lines
+    ]
+    return table(header, rows)

@@ -1,0 +1,174 @@
+"""`python -m benchmarks.serving.speculation`: tokens per second with and without drafts.
+
+One sequence, two engines in one process, measured in turn. Cases in which drafts are right, in which they are
+wrong, and in which they are wrong and made nevertheless. Prints a table, and with `--json` the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import CACHE
+from benchmarks.protocol import PROMPT_ID_LIMIT
+from benchmarks.random_models import ensure_checkpoint
+from benchmarks.serving.pairs import Pair, measure_pair
+from benchmarks.session import report
+from modernbert_decoder import LLM, SamplingParams
+from modernbert_decoder.engine.speculation import Speculation
+from modernbert_decoder.machine import usable_threads
+
+STORYTELLER = "storyteller"
+_TOKENS = 256
+_PROMPT_TOKENS = 64
+_LIST = "The ship carried apples, pears and plums. The ship carried apples, pears and plums. The ship carried"
+_STORY = "Once upon a time there was a little girl who lived by the sea. "
+_GREEDY: dict[str, Any] = {"temperature": 0}
+_SAMPLED: dict[str, Any] = {"temperature": 1.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is generated, and how it is drafted.
+
+    Attributes:
+        name: as the table says it.
+        model: "storyteller" or the size of a random model.
+        prompt: text; None for random tokens.
+        sampling: parameters; a seed is added for each round.
+        draft_size: of a random draft model; None drafts by prompt lookup.
+        adaptive: as in `Speculation`.
+    """
+
+    name: str
+    model: str
+    prompt: str | None
+    sampling: dict[str, Any]
+    draft_size: str | None = None
+    adaptive: bool = True
+
+
+CASES = (
+    Case("prompt lookup, a text that repeats itself", STORYTELLER, _LIST, _GREEDY),
+    Case("prompt lookup, a random model's greedy loop", "150m", None, _GREEDY),
+    Case("prompt lookup, a story that does not repeat itself", STORYTELLER, _STORY, _SAMPLED),
+    Case("prompt lookup, noise", "150m", None, _SAMPLED),
+    Case("17m drafts for 150m and is never right", "150m", None, _SAMPLED, "17m"),
+    Case("the same, drafting nevertheless", "150m", None, _SAMPLED, "17m", adaptive=False),
+    Case("150m drafts for itself and is nearly always right", "150m", None, _GREEDY, "150m"),
+)
+
+
+@dataclass(frozen=True)
+class SpeculationRow:
+    """Tokens per second without drafts (`rates.first`) and with them.
+
+    Attributes:
+        rates: the rates of decoding, and those with drafts over those without.
+        num_tokens: per round.
+        num_drafted: in all rounds.
+        num_accepted: of these.
+    """
+
+    case: str
+    model: str
+    dtype: str
+    rates: Pair
+    num_tokens: int
+    num_drafted: int
+    num_accepted: int
+
+
+def measure(case: Case, dtype: str, *, threads: int, rounds: int, folder: Path) -> SpeculationRow:
+    """One row."""
+    model = case.model if case.model == STORYTELLER else str(ensure_checkpoint(case.model, folder))
+    draft = None if case.draft_size is None else ensure_checkpoint(case.draft_size, folder)
+    speculation = Speculation(
+        draft_model=draft, dtype=None if draft is None else dtype, adaptive=case.adaptive
+    )
+    with (
+        LLM(model, dtype=dtype, threads=threads) as plain,
+        LLM(model, dtype=dtype, threads=threads, speculation=speculation) as drafting,
+    ):
+        rates = measure_pair(_rate(plain, case), _rate(drafting, case), rounds=rounds)
+        speculator = drafting._driver.scheduler.speculator
+        assert speculator is not None
+        return SpeculationRow(
+            case=case.name,
+            model=case.model,
+            dtype=dtype,
+            rates=rates,
+            num_tokens=_TOKENS,
+            num_drafted=speculator.num_drafted,
+            num_accepted=speculator.num_accepted,
+        )
+
+
+def _rate(llm: LLM, case: Case) -> Callable[[int], float]:
+    """Measures the tokens per second of decoding in one round."""
+
+    def rate(number: int) -> float:
+        prompt: Any = case.prompt
+        if prompt is None:
+            ids = np.random.default_rng(number).integers(0, PROMPT_ID_LIMIT, _PROMPT_TOKENS)
+            prompt = [int(each) for each in ids]
+        params = SamplingParams(max_tokens=_TOKENS, ignore_eos=True, seed=number, **case.sampling)
+        return llm.generate([prompt], params)[0].timings.decode_tokens_per_second
+
+    return rate
+
+
+def table(rows: list[SpeculationRow]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| case | model | drafts accepted | without, tokens/s | with, tokens/s | with / without |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        one, other, ratio = row.rates.first, row.rates.second, row.rates.ratio
+        lines.append(
+            f"| {row.case} | {row.model} {row.dtype} | {row.num_accepted:,} of {row.num_drafted:,} "
+            f"| {one.median:,.0f} | {other.median:,.0f} "
+            f"| {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.speculation")
+    parser.add_argument("--cases", nargs="+", type=int, metavar="NUMBER", default=range(len(CASES)))
+    parser.add_argument("--dtype", default="int8")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=usable_threads())
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("MBD_CACHE", str(CACHE / "engine"))
+    rows = []
+    for number in options.cases:
+        report(CASES[number].name)
+        rows.append(
+            measure(
+                CASES[number],
+                options.dtype,
+                threads=options.threads,
+                rounds=options.rounds,
+                folder=CACHE,
+            )
+        )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""How many tokens to draft: learned from what steps cost and from how many drafts were accepted.
+
+`StepCosts` knows seconds, `DraftLength` one request's luck. Nothing that a request gets depends on either, so
+they may follow the clock.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Of the seconds of a plain step, what one more token in it is taken to cost before that was measured: little,
+# so that it is tried.
+_ASSUMED_SHARE: Final = 0.1
+# Weights of a new measurement. Other programs only ever slow a step down, so lower ones count for more.
+_WEIGHT_BELOW: Final = 0.5
+_WEIGHT_ABOVE: Final = 0.1
+# Before anything is known of a request, it counts as so many drafts of which this share was accepted.
+_PRIOR_TRIED: Final = 2.0
+_PRIOR_ACCEPTED: Final = 0.8 * _PRIOR_TRIED
+# Each step, earlier drafts count for this much less.
+_DECAY: Final = 0.9
+# Drafting must promise to be so much faster than not drafting.
+_MARGIN: Final = 1.02
+# Steps without drafts after drafting stopped paying, doubled each time until it has paid for as many steps as
+# the first pause is long; then so many tokens are tried.
+_FIRST_PAUSE: Final = 16
+_LONGEST_PAUSE: Final = 256
+_PROBE_LENGTH: Final = 2
+
+
+class StepCosts:
+    """Seconds of a step by the number of drafts in it, for one number of decoding rows.
+
+    >>> costs = StepCosts()
+    >>> for _ in range(2):  # the first measurement of each kind includes its preparation and is left out
+    ...     costs.add(0, 1.0); costs.add(4, 1.8)
+    >>> costs.estimate(2), costs.estimate(8)
+    (1.4, 2.6)
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._seen: set[int] = set()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a plain step was measured."""
+        return 0 in self._seconds
+
+    def add(self, num_drafts: int, seconds: float) -> None:
+        """Learns from one step."""
+        if num_drafts not in self._seen:
+            self._seen.add(num_drafts)
+            return
+        known = self._seconds.get(num_drafts, seconds)
+        weight = _WEIGHT_BELOW if seconds < known else _WEIGHT_ABOVE
+        self._seconds[num_drafts] = known + weight * (seconds - known)
+
+    def estimate(self, num_drafts: int) -> float:
+        """Seconds of a step with so many drafts: measured, else on the line through its neighbours."""
+        if num_drafts in self._seconds:
+            return self._seconds[num_drafts]
+        plain = self._seconds[0]
+        below = max(count for count in self._seconds if count < num_drafts)
+        above = min((count for count in self._seconds if count > num_drafts), default=None)
+        if above is not None:
+            slope = (self._seconds[above] - self._seconds[below]) / (above - below)
+        elif below:
+            slope = (self._seconds[below] - plain) / below
+        else:
+            slope = _ASSUMED_SHARE * plain
+        return self._seconds[below] + slope * (num_drafts - below)
+
+
+class DraftLength:
+    """Chooses how many tokens to draft for one request; 0 for a while when it does not pay.
+
+    Args:
+        longest: most tokens it may choose.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._next_pause = _FIRST_PAUSE
+        self._pause = 0
+        self._num_paying = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._tried = _PRIOR_TRIED
+        self._accepted = _PRIOR_ACCEPTED
+
+    def choose(self, costs: StepCosts, *, num_rows: int) -> int:
+        """How many tokens to draft in the coming step, which `num_rows` requests share."""
+        if not costs.is_known:
+            return 0
+        if self._pause:
+            self._pause -= 1
+            return 0 if self._pause else min(_PROBE_LENGTH, self._longest)
+        probability = self._accepted / self._tried
+        best, best_rate = 0, _MARGIN * num_rows / costs.estimate(0)
+        num_expected = float(num_rows)
+        for count in range(1, self._longest + 1):
+            num_expected += probability**count
+            rate = num_expected / costs.estimate(count)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        if best:
+            self._num_paying += 1
+            if self._num_paying == _FIRST_PAUSE:
+                self._next_pause = _FIRST_PAUSE
+        else:
+            self._num_paying = 0
+            self._pause = self._next_pause
+            self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
+            self._forget()
+        return best
+
+    def learn(self, *, num_accepted: int, was_rejected: bool) -> None:
+        """Learns from one step: so many drafts were right, and whether the next one was wrong."""
+        self._accepted = _DECAY * self._accepted + num_accepted
+        self._tried = _DECAY * self._tried + num_accepted + was_rejected

@@ -1,0 +1,97 @@
+"""What all bodies have in common: no unknown fields, no conversions, errors with one clear sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
+
+MAX_PROMPTS: Final = 128
+MAX_COMPLETIONS: Final = 128
+MAX_LOGPROBS: Final = 20
+MAX_STOPS: Final = 16
+_MAX_TOKEN_ID: Final = 2**31 - 1
+
+
+class Body(BaseModel):
+    """A request: unknown fields are errors, and `"1"` is not a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=False)
+
+
+class Reply(BaseModel):
+    """An answer: it has exactly these fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetail(Reply):
+    """What went wrong.
+
+    Attributes:
+        message: for people.
+        type: the kind of error.
+        param: the field of the request that is at fault.
+        code: for programs.
+    """
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(Reply):
+    """Every answer that is not the one wished for."""
+
+    error: ErrorDetail
+
+
+class Usage(Reply):
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int = 0) -> Usage:
+        """The two and their sum."""
+        return cls(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+        )
+
+
+def described_as(wanted: str) -> WrapValidator:
+    """Replaces whatever pydantic says of the alternatives of a union by one sentence."""
+
+    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError("wrong_kind", "must be {wanted}", {"wanted": wanted}) from None
+
+    return WrapValidator(check)
+
+
+TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompts = Annotated[
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)],
+    described_as(
+        f"text, a list of texts, a list of token ids or a list of such lists; at most {MAX_PROMPTS} of them, "
+        "no list empty"
+    ),
+]
+ModelName = Annotated[str, Field(description="A name that GET /v1/models lists.")]
+UserName = Annotated[
+    str | None,
+    Field(max_length=256, description="Who asks; without API keys, users take turns in the queue."),
+]

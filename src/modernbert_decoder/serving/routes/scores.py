@@ -1,0 +1,209 @@
+"""`POST /v1/score` and `POST /v1/rank`: how likely texts and continuations are."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from modernbert_decoder.engine.async_llm import AsyncLLM
+from modernbert_decoder.engine.outputs import RankedCandidate, Score
+from modernbert_decoder.serving.context import context_of, record_of
+from modernbert_decoder.serving.errors import ApiError
+from modernbert_decoder.serving.generation import together
+from modernbert_decoder.serving.models import ServedModel
+from modernbert_decoder.serving.prompts import check_token_ids, encode_text
+from modernbert_decoder.serving.protocol.base import Usage
+from modernbert_decoder.serving.protocol.reading import (
+    Ranked,
+    RankReply,
+    RankRequest,
+    Scored,
+    ScoreReply,
+    ScoreRequest,
+    TokenScore,
+)
+from modernbert_decoder.serving.routes.beginning import COMPUTING_ERRORS, answer_id, begin
+from modernbert_decoder.serving.routes.streaming import json_response
+from modernbert_decoder.serving.sse import while_connected
+from modernbert_decoder.serving.strict_json import StrictJsonRoute
+from modernbert_decoder.serving.token_texts import token_spelling
+from modernbert_decoder.tokenizer import Tokenizer
+
+router = APIRouter(route_class=StrictJsonRoute, tags=["Extensions"])
+
+
+@router.post(
+    "/v1/score",
+    summary="Tell how likely texts are",
+    response_model=ScoreReply,
+    responses={**COMPUTING_ERRORS},
+)
+async def score(body: ScoreRequest, request: Request) -> Response:
+    """Log-probabilities of whole texts, or of continuations."""
+    record = record_of(request)
+    model = begin(request, body, model=body.model, user=body.user, needs="score")
+    _check(body)
+    settings = {"client": record.client, "timeout": context_of(request).settings.timeout}
+    if body.input is not None:
+        work = _whole_texts(body, model, settings)
+    else:
+        work = _continuations(body, model, settings)
+    data, num_tokens = await while_connected(request, work)
+    record.prompt_tokens = num_tokens
+    return json_response(
+        ScoreReply(
+            id=answer_id("score", record),
+            created=int(time.time()),
+            model=model.name,
+            data=data,
+            usage=Usage.of(num_tokens),
+        )
+    )
+
+
+@router.post(
+    "/v1/rank",
+    summary="Put continuations of a text in order",
+    response_model=RankReply,
+    responses={**COMPUTING_ERRORS},
+)
+async def rank(body: RankRequest, request: Request) -> Response:
+    """Candidates that may follow a text, the likeliest first."""
+    record = record_of(request)
+    model = begin(request, body, model=body.model, user=body.user, needs="rank")
+    assert model.engine is not None
+    ranked = await while_connected(
+        request,
+        model.engine.rank(
+            body.text,
+            body.candidates,
+            normalization=body.normalization,
+            unconditional_text=body.unconditional_text,
+            client=record.client,
+            timeout=context_of(request).settings.timeout,
+        ),
+    )
+    data = [
+        Ranked(
+            index=each.index,
+            candidate=each.candidate,
+            score=each.score,
+            logprob=each.total_logprob,
+            num_tokens=each.num_tokens,
+        )
+        for each in ranked
+    ]
+    return json_response(
+        RankReply(id=answer_id("rank", record), created=int(time.time()), model=model.name, data=data)
+    )
+
+
+def _check(body: ScoreRequest) -> None:
+    """Either whole texts or continuations, and for each only what belongs to it."""
+    is_pair = body.text_1 is not None or body.text_2 is not None
+    wrong: str | None = None
+    if (body.input is not None) == is_pair:
+        wrong = "input: give either input, or text_1 and text_2"
+    elif is_pair and body.text_1 is None:
+        wrong = "text_1: is missing beside text_2"
+    elif is_pair and body.text_2 is None:
+        wrong = "text_2: is missing beside text_1"
+    elif is_pair and body.stride is not None:
+        wrong = "stride: only together with input"
+    elif is_pair and body.return_tokens:
+        wrong = "return_tokens: only together with input"
+    elif not is_pair and body.normalization != "sum":
+        wrong = "normalization: only together with text_1 and text_2"
+    if wrong is not None:
+        raise ApiError(400, wrong, param=wrong.partition(":")[0], code="invalid_value")
+
+
+async def _whole_texts(
+    body: ScoreRequest, model: ServedModel, settings: dict[str, Any]
+) -> tuple[list[Scored], int]:
+    given = body.input
+    assert given is not None
+    is_one = isinstance(given, str) or isinstance(given[0], int)
+    listed: Sequence[Any] = [given] if is_one else given
+    for each in listed:
+        if not isinstance(each, str):
+            check_token_ids(each, model.llm, param="input")
+    assert model.engine is not None
+    scores = await model.engine.score(list(listed), stride=body.stride, **settings)
+    tokenizer = model.llm.tokenizer
+    data = [
+        Scored(
+            index=index,
+            score=each.total_logprob,
+            logprob=each.total_logprob,
+            num_tokens=each.num_tokens,
+            perplexity=_finite(each.perplexity),
+            bits_per_byte=_finite(each.bits_per_byte),
+            tokens=_tokens(each, tokenizer) if body.return_tokens else None,
+        )
+        for index, each in enumerate(scores)
+    ]
+    return data, sum(len(each.token_ids) for each in scores)
+
+
+async def _continuations(
+    body: ScoreRequest, model: ServedModel, settings: dict[str, Any]
+) -> tuple[list[Scored], int]:
+    firsts, seconds = _paired(body.text_1, body.text_2)
+    assert model.engine is not None
+    engine: AsyncLLM = model.engine
+    ranked: list[RankedCandidate] = []
+    if len(set(firsts)) == 1:  # which is read once for all
+        ranked = await engine.rank(firsts[0], seconds, normalization=body.normalization, **settings)
+        ranked.sort(key=lambda each: each.index)
+    else:
+        work = [
+            engine.rank(first, [second], normalization=body.normalization, **settings)
+            for first, second in zip(firsts, seconds, strict=True)
+        ]
+        ranked = [only for (only,) in await together(work)]
+    data = [
+        Scored(index=index, score=each.score, logprob=each.total_logprob, num_tokens=each.num_tokens)
+        for index, each in enumerate(ranked)
+    ]
+    num_tokens = 0
+    for first, second in zip(firsts, seconds, strict=True):
+        num_tokens += len(await encode_text(first + second, model.llm.tokenizer))
+    return data, num_tokens
+
+
+def _paired(first: str | list[str] | None, second: str | list[str] | None) -> tuple[list[str], list[str]]:
+    """Both as lists of one length."""
+    assert first is not None
+    assert second is not None
+    firsts = [first] if isinstance(first, str) else first
+    seconds = [second] if isinstance(second, str) else second
+    length = max(len(firsts), len(seconds))
+    if len(firsts) not in (1, length) or len(seconds) not in (1, length):
+        raise ApiError(
+            400,
+            f"text_2: there are {len(firsts)} texts in text_1 and {len(seconds)} in text_2; give as many, "
+            "or one",
+            param="text_2",
+            code="invalid_value",
+        )
+    return (
+        firsts * length if len(firsts) == 1 else firsts,
+        seconds * length if len(seconds) == 1 else seconds,
+    )
+
+
+def _tokens(score: Score, tokenizer: Tokenizer) -> list[TokenScore]:
+    logprobs = (None, *score.logprobs)
+    return [
+        TokenScore(token=token_spelling(tokenizer, token_id), token_id=token_id, logprob=logprob)
+        for token_id, logprob in zip(score.token_ids, logprobs, strict=True)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

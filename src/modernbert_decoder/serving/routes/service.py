@@ -1,0 +1,191 @@
+"""Models, tokens, health and metrics."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from fastapi import APIRouter, Request, Response
+
+from modernbert_decoder.architecture import Head
+from modernbert_decoder.serving.context import context_of, record_of
+from modernbert_decoder.serving.models import ServedModel, State
+from modernbert_decoder.serving.prompts import check_token_ids, encode_text
+from modernbert_decoder.serving.protocol.base import MAX_LOGPROBS
+from modernbert_decoder.serving.protocol.service import (
+    DetokenizeReply,
+    DetokenizeRequest,
+    Health,
+    ModelCard,
+    ModelList,
+    Readiness,
+    TokenizeReply,
+    TokenizeRequest,
+)
+from modernbert_decoder.serving.routes.beginning import BODY_ERRORS, errors
+from modernbert_decoder.serving.routes.embeddings import labels_of
+from modernbert_decoder.serving.routes.streaming import json_response
+from modernbert_decoder.serving.strict_json import StrictJsonRoute
+from modernbert_decoder.serving.token_texts import token_spelling
+
+router = APIRouter(route_class=StrictJsonRoute)
+
+_TASKS: Final = {
+    Head.CAUSAL_LM: "generate",
+    Head.SEQUENCE_CLASSIFICATION: "classify",
+    Head.NONE: "embed",
+}
+_KNOWN_WHEN_OPEN: Final = (
+    "task",
+    "head",
+    "dtype",
+    "max_model_len",
+    "vocab_size",
+    "hidden_size",
+    "num_parameters",
+    "labels",
+    "problem_type",
+    "has_chat_template",
+)
+_METRICS_TYPE: Final = "text/plain; version=1.0.0; charset=utf-8"
+
+
+@router.get(
+    "/v1/models",
+    summary="List the models",
+    response_model=ModelList,
+    responses={**errors(401, 500)},
+    tags=["OpenAI"],
+)
+async def list_models(request: Request) -> Response:
+    """All models, in the order of the command line."""
+    registry = context_of(request).registry
+    return json_response(ModelList(data=[_card(model) for model in registry]))
+
+
+@router.get(
+    "/v1/models/{model:path}",
+    summary="Describe a model",
+    response_model=ModelCard,
+    responses={**errors(401, 404, 500)},
+    tags=["OpenAI"],
+)
+async def get_model(model: str, request: Request) -> Response:
+    """One model."""
+    return json_response(_card(context_of(request).registry.find(model)))
+
+
+def _card(model: ServedModel) -> ModelCard:
+    known: dict[str, Any] = dict.fromkeys(_KNOWN_WHEN_OPEN)
+    capabilities: list[str] = []
+    if model.engine is not None:
+        architecture, llm = model.llm.architecture, model.llm
+        is_classifier = architecture.head is Head.SEQUENCE_CLASSIFICATION
+        capabilities = list(model.capabilities)
+        known = {
+            "task": _TASKS[architecture.head],
+            "head": architecture.head.name.lower(),
+            "dtype": llm.scheme.name,
+            "max_model_len": llm.max_context,
+            "vocab_size": architecture.vocab_size,
+            "hidden_size": architecture.hidden_size,
+            "num_parameters": architecture.num_parameters(),
+            "labels": labels_of(model) if is_classifier else None,
+            "problem_type": architecture.problem_type if is_classifier else None,
+            "has_chat_template": model.chat_template is not None,
+        }
+    return ModelCard(
+        id=model.name,
+        created=model.created,
+        ready=model.engine is not None,
+        capabilities=capabilities,  # type: ignore[arg-type]
+        max_logprobs=MAX_LOGPROBS,
+        **known,
+    )
+
+
+@router.post(
+    "/tokenize",
+    summary="Cut text into tokens",
+    response_model=TokenizeReply,
+    responses={**BODY_ERRORS},
+    tags=["Extensions"],
+)
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+    """The tokens that a completion of this prompt would start from."""
+    model = _begin(request, body)
+    tokenizer = model.llm.tokenizer
+    ids = await encode_text(body.prompt, tokenizer)
+    if not body.add_special_tokens:
+        del ids[0]
+    spelled = [token_spelling(tokenizer, token_id) for token_id in ids] if body.return_token_strs else None
+    return json_response(
+        TokenizeReply(count=len(ids), max_model_len=model.llm.max_context, tokens=ids, token_strs=spelled)
+    )
+
+
+@router.post(
+    "/detokenize",
+    summary="Put tokens together",
+    response_model=DetokenizeReply,
+    responses={**BODY_ERRORS},
+    tags=["Extensions"],
+)
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+    """The text of tokens, special ones by name."""
+    model = _begin(request, body)
+    check_token_ids(body.tokens, model.llm, param="tokens")
+    text = model.llm.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return json_response(DetokenizeReply(prompt=text))
+
+
+def _begin(request: Request, body: TokenizeRequest | DetokenizeRequest) -> ServedModel:
+    """The model of a request that computes nothing."""
+    record = record_of(request)
+    record.fields = frozenset(type(body).model_fields)
+    model = context_of(request).registry.get(body.model)
+    record.model = model.name
+    return model
+
+
+@router.get("/health", summary="Is the process alive?", response_model=Health, tags=["Operation"])
+async def health() -> Response:
+    """Answers as long as the server does."""
+    return json_response(Health())
+
+
+@router.get(
+    "/ready",
+    summary="Are requests taken?",
+    response_model=Readiness,
+    responses={503: {"model": Readiness, "description": "Not yet, or not any more."}},
+    tags=["Operation"],
+)
+async def ready(request: Request) -> Response:
+    """Ready once every model has been loaded, until the server is told to stop."""
+    registry = context_of(request).registry
+    state = registry.state
+    readiness = Readiness(
+        status=state.value,
+        models={model.name: model.engine is not None for model in registry},
+    )
+    response = json_response(readiness)
+    response.status_code = 200 if state is State.READY else 503
+    return response
+
+
+@router.get(
+    "/metrics",
+    summary="Numbers for Prometheus",
+    response_class=Response,
+    responses={
+        200: {
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+            "description": "Prometheus' format.",
+        },
+        **errors(401, 500),
+    },
+    tags=["Operation"],
+)
+async def metrics(request: Request) -> Response:
+    """Requests, latencies, queue, memory and tokens."""
+    return Response(context_of(request).metrics.text(), headers={"Content-Type": _METRICS_TYPE})

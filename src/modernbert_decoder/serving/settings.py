@@ -1,0 +1,162 @@
+"""What a server is told when it starts: models, address, keys and limits, checked once.
+
+This module knows the spelling of models on the command line; it opens nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from modernbert_decoder.errors import InputError
+
+DTYPES: Final = ("float32", "int8", "int4", "w8a8")
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+_MIB: Final = 2**20
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to serve.
+
+    Attributes:
+        name: what requests call it.
+        model: bundled name, folder or Hub id.
+        dtype: weight format; None for the model's own default.
+    """
+
+    name: str
+    model: str
+    dtype: str | None = None
+
+    @classmethod
+    def parse(cls, spelling: str) -> ModelSource:
+        """Reads `[NAME=]MODEL[:DTYPE]`.
+
+        Without a name, a Hub id or bundled name stands for itself and a folder for its last part, followed by
+        the dtype if there is one.
+
+        Raises:
+            InputError: the name cannot be used.
+
+        >>> ModelSource.parse("small=models/ettin:int4")
+        ModelSource(name='small', model='models/ettin', dtype='int4')
+        >>> ModelSource.parse("storyteller:w8a8").name
+        'storyteller:w8a8'
+        """
+        name, separator, rest = spelling.partition("=")
+        if not separator:
+            name, rest = "", spelling
+        model, _, suffix = rest.rpartition(":")
+        dtype = suffix if model and suffix in DTYPES else None
+        model = model if dtype else rest
+        if not model:
+            raise InputError(f"{spelling!r} names no model; write [NAME=]MODEL[:DTYPE]")
+        if not separator:
+            is_folder = Path(model).is_dir() or model.count("/") > 1 or "\\" in model
+            name = (Path(model).resolve().name if is_folder else model) + (f":{dtype}" if dtype else "")
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"a model cannot be served under the name {name!r}: give it one of letters, digits and "
+                f"._:/@+-, as in small={rest}"
+            )
+        return cls(name, model, dtype)
+
+
+def parse_models(spellings: Iterable[str]) -> tuple[ModelSource, ...]:
+    """All models of a server.
+
+    Raises:
+        InputError: two have one name, or a name cannot be used.
+    """
+    sources = tuple(ModelSource.parse(spelling) for spelling in spellings)
+    for name, count in Counter(source.name for source in sources).items():
+        if count > 1:
+            raise InputError(f"{count} models are called {name!r}; give them names, as in first={name}")
+    return sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How every model is opened; None leaves the engine's own default.
+
+    Attributes:
+        threads: for the kernels of each model.
+        max_slots: completions computed at a time.
+        max_context: tokens of prompt and completion.
+        max_waiting: requests that wait before further ones are refused.
+        kv_bytes: of keys and values that running requests may reserve.
+        prefix_cache_bytes: for beginnings of prompts; 0 keeps none.
+        draft: "lookup", "off", or a model that drafts for the ones served.
+    """
+
+    threads: int | None = None
+    max_slots: int | None = None
+    max_context: int | None = None
+    max_waiting: int = 256
+    kv_bytes: int | None = None
+    prefix_cache_bytes: int = 256 * _MIB
+    draft: str = "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Everything about the server itself. Sizes are bytes, times seconds.
+
+    Attributes:
+        models: at least one.
+        host: address to listen on.
+        port: 0 takes a free one.
+        api_keys: any of them opens the API; none: no key is asked for.
+        cors_origins: pages of these origins may call the API from a browser; `*` is any.
+        max_body: of a request.
+        timeout: from a request's arrival to its last token.
+        body_timeout: for a request's head and body to arrive.
+        write_timeout: how long a client may take nothing off its connection before it is dropped.
+        grace: how long running requests may go on after the server was told to stop.
+        log_format: "text" or "json".
+        engine: of every model.
+    """
+
+    models: Sequence[ModelSource]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_body: int = 4 * _MIB
+    timeout: float = 600.0
+    body_timeout: float = 30.0
+    write_timeout: float = 60.0
+    grace: float = 30.0
+    log_format: str = "text"
+    engine: EngineSettings = EngineSettings()
+
+    def __post_init__(self) -> None:
+        assert self.models, "a server without models"
+        assert self.log_format in ("text", "json")
+        for key in self.api_keys:
+            if not key.isascii() or not key.isprintable() or " " in key or len(key) < 8:
+                raise InputError(
+                    "an API key must have at least 8 characters, all of them printable ASCII without spaces; "
+                    "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+                )
+
+
+def read_api_keys(path: Path) -> tuple[str, ...]:
+    """The keys in a file, one a line; empty lines and those that start with # do not count.
+
+    Raises:
+        InputError: the file cannot be read or holds no key.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the API keys in {path}: {error}") from None
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not keys:
+        raise InputError(f"{path} holds no API key; write one a line, or leave the option out")
+    return keys

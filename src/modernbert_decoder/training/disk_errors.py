@@ -1,0 +1,52 @@
+"""What writing a checkpoint can raise, as one message that names the last whole one.
+
+Knows which libraries write, and nothing of what they write.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError
+
+from modernbert_decoder.atomic_files import WritingError
+from modernbert_decoder.errors import UserError
+from modernbert_decoder.training.checkpoints import CheckpointWriter, all_checkpoints
+from modernbert_decoder.training.errors import TrainingError
+
+_DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def disk_errors_explained(writer: CheckpointWriter, out: Path) -> Iterator[None]:
+    """Turns what writing raises into one message that names the last good checkpoint."""
+    try:
+        yield
+    except WritingError as error:
+        raise TrainingError(_disk_message(writer.saving_step, error.reason, out)) from error
+    except UserError:
+        raise
+    except SafetensorError as error:  # of writing: nothing else in the loop uses that library
+        raise TrainingError(_disk_message(writer.saving_step, error, out)) from error
+    except (OSError, RuntimeError) as error:
+        is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+        if writer.saving_step is None and not is_disk:
+            raise
+        raise TrainingError(_disk_message(writer.saving_step, error, out)) from error
+
+
+def _disk_message(step: int | None, error: Exception, out: Path) -> str:
+    what = "a file of the run" if step is None else f"the checkpoint of step {step:,}"
+    found = all_checkpoints(out)
+    last = f"the last whole checkpoint is {found[-1]}" if found else "there is no earlier checkpoint"
+    free = os.statvfs(out)
+    reason = str(error).splitlines()[0]
+    return (
+        f"cannot write {what} in {out}: {reason} ({free.f_bavail * free.f_frsize / 1e6:,.0f} MB free). Free "
+        f"some space and start the same command again; {last}"
+    )
