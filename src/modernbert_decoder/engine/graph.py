@@ -105,7 +105,7 @@ class _GraphBuilder:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
 
-    def build(self, *, is_selective: bool) -> None:
+    def build(self, *, is_selective: bool = False) -> None:
         """Walks through the model once, from ids to states and logits."""
         self._declare_inputs()
         x = self.embeddings()
