@@ -167,3 +167,29 @@ def test_bodies_that_together_are_too_large_are_refused_for_now() -> None:
     assert sent[0]["status"] == 429
     assert (b"retry-after", b"1") in sent[0]["headers"]
     assert limit._held == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({f"field{i}": 1 for i in range(1000)}, None),
+        ({"logit_bias": {str(i): 1.0 for i in range(5000)}}, "logit_bias"),
+        ({"stop_token_ids": [1] * 5000}, "stop_token_ids"),
+        ({"prompt": [[1]] * 5000}, "prompt"),
+    ],
+)
+def test_long_lists_of_things_are_refused_by_their_length(
+    server: RunningServer, body: dict[str, Any], param: str | None
+) -> None:
+    whole = {"model": "tiny", "prompt": "a", **body}
+    error = error_of(httpx.post(f"{server.url}/v1/completions", json=whole), 400)
+    assert error["param"] == param
+    assert len(error["message"]) < 400
+
+
+def test_a_body_announced_far_too_large_is_refused_before_it_comes(server: RunningServer) -> None:
+    connection = connect(server)
+    fields = ["host: a", "content-type: application/json", f"content-length: {10**12}"]
+    connection.sendall("\r\n".join(["POST /v1/completions HTTP/1.1", *fields, "\r\n"]).encode())
+    assert read_all(connection).startswith(b"HTTP/1.1 413")
+    connection.close()

@@ -44,7 +44,7 @@ class BodyLimit:
             return
         parts: list[bytes] = []
         try:
-            refusal = await self._refusal(receive, parts)
+            refusal = await self._refusal(receive, parts, announced=_announced(scope))
             if refusal is not None:
                 await refusal.response()(scope, receive, send)
             else:
@@ -52,11 +52,11 @@ class BodyLimit:
         finally:
             self._held -= sum(map(len, parts))
 
-    async def _refusal(self, receive: Receive, parts: list[bytes]) -> ApiError | None:
+    async def _refusal(self, receive: Receive, parts: list[bytes], *, announced: int) -> ApiError | None:
         """Appends the body's parts; why it is not taken, if it is not."""
         try:
             async with asyncio.timeout(self._seconds):
-                await self._read(receive, parts)
+                await self._read(receive, parts, announced=announced)
         except TimeoutError:
             message = f"the body did not arrive within {self._seconds:g} seconds"
             return ApiError(408, message, code="body_timeout", headers=_CLOSE)
@@ -64,13 +64,19 @@ class BodyLimit:
             return error
         return None
 
-    async def _read(self, receive: Receive, parts: list[bytes]) -> None:
+    def _too_large(self, headers: dict[str, str] | None) -> ApiError:
+        message = f"the body is larger than the {self._max_bytes} bytes that are taken"
+        return ApiError(413, message, code="body_too_large", headers=headers)
+
+    async def _read(self, receive: Receive, parts: list[bytes], *, announced: int) -> None:
         """Appends the body's parts.
 
         Raises:
             ClientGoneError: the client is gone.
             ApiError: 413, it is too large; 429, there are too many others.
         """
+        if announced > _MOST_DISCARDED * self._max_bytes:
+            raise self._too_large(_CLOSE)
         size, is_done = 0, False
         while not is_done:
             message = await receive()
@@ -85,12 +91,7 @@ class BodyLimit:
             elif size > _MOST_DISCARDED * self._max_bytes:
                 break
         if size > self._max_bytes:
-            raise ApiError(
-                413,
-                f"the body is larger than the {self._max_bytes} bytes that are taken",
-                code="body_too_large",
-                headers=None if is_done else _CLOSE,
-            )
+            raise self._too_large(None if is_done else _CLOSE)
         if size > sum(map(len, parts)):
             raise ApiError(
                 429,
@@ -98,6 +99,13 @@ class BodyLimit:
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )
+
+
+def _announced(scope: Scope) -> int:
+    """The body's length as its head says, 0 if it does not."""
+    lengths = [bytes(value) for name, value in scope["headers"] if name == b"content-length"]
+    is_number = len(lengths) == 1 and lengths[0].isdigit() and len(lengths[0]) < 20
+    return int(lengths[0]) if is_number else 0
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -24,7 +24,8 @@ class ClientGoneError(Exception):
 
 def event(data: Mapping[str, Any]) -> bytes:
     """One event with a JSON value."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    # In ASCII: some clients split lines at every separator that Unicode knows, inside of texts too.
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -17,6 +17,8 @@ from fastapi.routing import APIRoute
 
 from modernbert_decoder.serving.errors import ApiError
 
+# Every field that is not known is an error of its own, and is told: many of them would take seconds.
+_MAX_FIELDS: Final = 128
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -36,6 +38,12 @@ def parse_json(body: bytes) -> Any:
         raise _not_json("it is nested too deeply") from None
     except ValueError as error:  # of the two functions below, or an integer with thousands of digits
         raise _not_json(str(error)) from None
+    if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+        raise ApiError(
+            400,
+            f"the body has {len(value)} fields; no request has more than {_MAX_FIELDS}",
+            code="invalid_value",
+        )
     if _SURROGATE.search(body):
         _require_text(value)
     return value

@@ -12,6 +12,7 @@ MAX_PROMPTS: Final = 128
 MAX_COMPLETIONS: Final = 128
 MAX_LOGPROBS: Final = 20
 MAX_STOPS: Final = 16
+MAX_NAMED_TOKENS: Final = 4096
 _MAX_TOKEN_ID: Final = 2**31 - 1
 
 
@@ -79,12 +80,13 @@ def described_as(wanted: str) -> WrapValidator:
 
 
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# The first wrong element is told, not every one: there may be hundreds of thousands.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompts = Annotated[
     str
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     | TokenIds
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)],
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
     described_as(
         f"text, a list of texts, a list of token ids or a list of such lists; at most {MAX_PROMPTS} of them, "
         "no list empty"

@@ -12,6 +12,7 @@ from modernbert_decoder.errors import InputError
 from modernbert_decoder.serving.errors import ApiError
 from modernbert_decoder.serving.protocol.base import (
     MAX_COMPLETIONS,
+    MAX_NAMED_TOKENS,
     MAX_STOPS,
     Body,
     ModelName,
@@ -80,7 +81,9 @@ class SamplingFields(Body):
     model: ModelName
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, Bias] | None = Field(
-        None, description="Token ids, written as text, and what is added to their logits."
+        None,
+        max_length=MAX_NAMED_TOKENS,
+        description="Token ids, written as text, and what is added to their logits.",
     )
     n: int | None = Field(1, ge=1, le=MAX_COMPLETIONS)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
@@ -96,7 +99,7 @@ class SamplingFields(Body):
     min_p: float | None = Field(0.0, ge=0, le=1)
     repetition_penalty: float | None = Field(1.0, ge=0.01, le=100)
     min_tokens: int | None = Field(0, ge=0, le=2**31 - 1)
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_NAMED_TOKENS)
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False
