@@ -26,7 +26,7 @@ def test_the_page_shows_the_text_and_the_tokens_of_the_engine(
     params = SamplingParams(temperature=0.8, seed=5, max_tokens=40, logprobs=5)
     expected = storyteller.generate(PROMPT, params)[0].outputs[0]
     page = open_page(f"{server.url}/")
-    page.locator("select").first.select_option("storyteller")
+    page.locator("select").first.select_option("exact")
     page.get_by_label("Max tokens").fill("40")
     page.get_by_label("Seed").fill("5")
     generate(page, PROMPT)
