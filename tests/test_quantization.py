@@ -361,11 +361,12 @@ def test_packing_a_matrix_of_the_largest_model_needs_little_beside_the_result(ma
     """A tenth of the rows of 1b's vocabulary: temporaries must not grow with the number of rows."""
     columns = released_architecture("1b").hidden_size
     weight = np.ones((5037, columns), np.float32)
+    num_threads = threading.active_count()  # other tests may have servers that go on
     tracemalloc.start()
     packed = quantize(weight, matrix, threads=2)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert threading.active_count() < 10
+    assert threading.active_count() <= num_threads
     result = sum(array.nbytes for array in packed.tensors("w").values())
     temporaries = peak - result
     assert temporaries < weight.nbytes // 2, f"{temporaries:,} bytes for a matrix of {weight.nbytes:,}"
