@@ -6,12 +6,19 @@ benchmarks/matrix.py, and the quietest are kept.
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from benchmarks.contention import MOST_REPEATS, ContentionMeter, is_quiet
+from benchmarks.peers import CACHE
 from benchmarks.summary import Spread
+from modernbert_decoder.machine import usable_threads
 
 # Between the two: the threads of one model sleep before those of the other are timed.
 _SETTLE_SECONDS = 0.01
@@ -52,3 +59,22 @@ def measure_pair(first: Measure, second: Measure, *, rounds: int) -> Pair:
         Spread.of(other / one for _, one, other in kept),
         len(kept),
     )
+
+
+def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    """What every comparison of two engines can be told."""
+    parser.add_argument("--dtype", default="int8")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=usable_threads())
+    parser.add_argument("--json", type=Path, help="write the rows there")
+
+
+def use_engine_cache() -> None:
+    """Keeps packed weights and graphs with those of the other benchmarks, unless a folder is set."""
+    os.environ.setdefault("MBD_CACHE", str(CACHE / "engine"))
+
+
+def save(rows: Sequence[Any], path: Path | None) -> None:
+    """Writes dataclasses as a JSON list, if there is a path."""
+    if path:
+        path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")

@@ -7,11 +7,9 @@ in one process, measured in turn. Prints a table, and with `--json` the rows.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +17,9 @@ import numpy as np
 from benchmarks.peers import CACHE
 from benchmarks.protocol import PROMPT_ID_LIMIT
 from benchmarks.random_models import ensure_checkpoint
-from benchmarks.serving.pairs import Pair, measure_pair
+from benchmarks.serving.pairs import Pair, add_options, measure_pair, save, use_engine_cache
 from benchmarks.session import report
 from modernbert_decoder import LLM, SamplingParams
-from modernbert_decoder.machine import usable_threads
 
 SIZES = ("17m", "150m")
 SHARED_TOKENS = 512
@@ -134,18 +131,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.prefix")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--dtype", default="int8")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=usable_threads())
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    add_options(parser, rounds=15)
     options = parser.parse_args(arguments)
-    os.environ.setdefault("MBD_CACHE", str(CACHE / "engine"))
+    use_engine_cache()
     rows: list[PrefixRow] = []
     for size in options.sizes:
         report(f"{size}: time to first token with and without the prefix cache")
         rows += measure(size, options.dtype, threads=options.threads, rounds=options.rounds, folder=CACHE)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    save(rows, options.json)
     print(table(rows))
     return 0
 

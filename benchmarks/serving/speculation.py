@@ -7,11 +7,9 @@ wrong, and in which they are wrong and made nevertheless. Prints a table, and wi
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,10 @@ import numpy as np
 from benchmarks.peers import CACHE
 from benchmarks.protocol import PROMPT_ID_LIMIT
 from benchmarks.random_models import ensure_checkpoint
-from benchmarks.serving.pairs import Pair, measure_pair
+from benchmarks.serving.pairs import Pair, add_options, measure_pair, save, use_engine_cache
 from benchmarks.session import report
 from modernbert_decoder import LLM, SamplingParams
 from modernbert_decoder.engine.speculation import Speculation
-from modernbert_decoder.machine import usable_threads
 
 STORYTELLER = "storyteller"
 _TOKENS = 256
@@ -146,12 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.speculation")
     parser.add_argument("--cases", nargs="+", type=int, metavar="NUMBER", default=range(len(CASES)))
-    parser.add_argument("--dtype", default="int8")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=usable_threads())
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    add_options(parser, rounds=9)
     options = parser.parse_args(arguments)
-    os.environ.setdefault("MBD_CACHE", str(CACHE / "engine"))
+    use_engine_cache()
     rows = []
     for number in options.cases:
         report(CASES[number].name)
@@ -164,8 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
                 folder=CACHE,
             )
         )
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    save(rows, options.json)
     print(table(rows))
     return 0
 

@@ -26,11 +26,10 @@ from modernbert_decoder.checkpoint import Checkpoint
 from modernbert_decoder.config_keys import load_config
 from modernbert_decoder.costs import EMBEDDING, VOCABULARY
 from modernbert_decoder.engine.adapter_settings import AdapterSettings
+from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.errors import CheckpointError, InputError, ModelNotFoundError
 from modernbert_decoder.safetensors_files import LazyArray, SafetensorsFile, write_safetensors
 from modernbert_decoder.spellings import CLASS_NAMES
-
-Float32 = NDArray[np.float32]
 
 _WEIGHTS: Final = "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."

@@ -9,9 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
+from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.outputs import CompletionOutput, Logprob, StreamChunk
 from modernbert_decoder.engine.runtime import Row
 from modernbert_decoder.engine.sampling import RequestSampler, SampledToken, SamplingParams
@@ -19,8 +17,6 @@ from modernbert_decoder.engine.selection import Workspace
 from modernbert_decoder.engine.stopping import StopChecker
 from modernbert_decoder.engine.structured import Matcher
 from modernbert_decoder.tokenizer import Tokenizer
-
-Float32 = NDArray[np.float32]
 
 
 class Request:

@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.prefix_cache import PrefixCache
-from modernbert_decoder.engine.request import Float32, Request
+from modernbert_decoder.engine.request import Request
 from modernbert_decoder.engine.runtime import Row, Runtime
 from modernbert_decoder.engine.selection import Workspace
 from modernbert_decoder.engine.speculation import Speculator

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head, LayerKind
+from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.quantization import QuantizationScheme
 
-Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
 
@@ -63,7 +63,8 @@ class Selection:
         self.found = np.empty(len(tokens), np.int64)
         self.found[order] = rows[order] * self.selected.shape[1] + places
         self.positions = np.minimum(num_past[:, None] + np.arange(longest), num_positions - 1)
-        self.selected_positions = num_past[:, None] + self.selected % longest
+        self._places = self.selected % longest
+        self.selected_positions = num_past[:, None] + self._places
         self.num_past = int(num_past.max()) if len(tokens) else 0
         self._past_lengths = num_past
 
@@ -72,7 +73,7 @@ class Selection:
         num_rows, num_selected = self.selected.shape
         longest = self.positions.shape[1]
         past = np.arange(self.num_past) < self._past_lengths[:, None]
-        new = np.arange(longest) <= (self.selected % longest)[..., None]
+        new = np.arange(longest) <= self._places[..., None]
         past = np.broadcast_to(past[:, None], (num_rows, num_selected, self.num_past))
         is_seen = np.concatenate([past, new], axis=2)
         return np.where(is_seen, np.float32(0), np.float32(-np.inf))[:, None]

@@ -16,9 +16,10 @@ from typing import Final, Protocol
 
 from modernbert_decoder.engine.draft_length import DraftLength, StepCosts
 from modernbert_decoder.engine.draft_model import open_draft_model
+from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.prompt_lookup import PromptLookup
 from modernbert_decoder.engine.prompts import checked_integer
-from modernbert_decoder.engine.request import Float32, Request
+from modernbert_decoder.engine.request import Request
 from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.tokenizer import Tokenizer

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from modernbert_decoder.tokenizer import Tokenizer
 
-Float32 = NDArray[np.float32]
 
 _KINDS: Final = ("json", "regex", "choice", "grammar")
 # Compiled constraints that are kept, since clients send the same one again and again.
