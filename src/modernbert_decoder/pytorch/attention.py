@@ -21,6 +21,7 @@ from modernbert_decoder.pytorch.banded import banded_attention
 from modernbert_decoder.pytorch.caches import AnyCache, extended
 from modernbert_decoder.pytorch.masks import BandMask, Mask, PackedMask, additive
 from modernbert_decoder.pytorch.network import Attention
+from modernbert_decoder.pytorch.products import causal_attention, is_faster
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -60,6 +61,9 @@ class BackEnd:
         if isinstance(mask, PackedMask):
             mixed = packed_attention(q, k, v, mask.lengths, dropout=dropout, scaling=attention.scaling)
             return mixed.flatten(2), None  # (B, T, C)
+        is_causal = mask is None and self.implementation == "sdpa" and q.shape[2] == k.shape[2] > 1
+        if is_causal and is_faster(q, dropout=dropout):
+            return _causal(q, k, v, dropout=dropout, scaling=attention.scaling).flatten(2), None
         if isinstance(mask, Tensor):
             mask = mask.to(q.device)  # layers may be spread over devices
         mixed, weights = attention_function(self.implementation)(
@@ -95,18 +99,30 @@ def packed_attention(
 
     The work is the sum of the squares of the lengths, not the square of their sum, and no mask exists.
     """
-    rows = []
-    for of_row, *row in zip(lengths, q.unbind(), k.unbind(), v.unbind(), strict=True):
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for row, of_row in enumerate(lengths):
+        rows_of.setdefault(tuple(of_row), []).append(row)
+    mixed = []
+    for of_rows, rows in rows_of.items():  # rows that are cut alike attend together
+        index = torch.tensor(rows, device=q.device)
+        of_group = (q, k, v) if len(rows_of) == 1 else (x.index_select(0, index) for x in (q, k, v))
         # The backward pass of one split is one concatenation; slices would each fill a whole gradient.
-        queries, keys, values = (x.unsqueeze(0).split_with_sizes(list(of_row), dim=2) for x in row)
-        mixed = [
-            torch.nn.functional.scaled_dot_product_attention(
-                queries[i], keys[i], values[i], dropout_p=dropout, is_causal=True, scale=scaling
-            ).transpose(1, 2)  # (1, length, H, D)
-            for i in range(len(of_row))
-        ]
-        rows.append(torch.cat(mixed, dim=1))
-    return torch.cat(rows) if len(rows) > 1 else rows[0]
+        pieces = zip(*(x.split_with_sizes(list(of_rows), dim=2) for x in of_group), strict=True)
+        parts = [_causal(*piece, dropout=dropout, scaling=scaling) for piece in pieces]
+        mixed.append(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+    if len(mixed) == 1:
+        return mixed[0]
+    order = torch.tensor([row for rows in rows_of.values() for row in rows], device=q.device)
+    return torch.cat(mixed).index_select(0, order.argsort())
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, scaling: float) -> Tensor:
+    """(B, H, T, D) three times to (B, T, H, D)."""
+    if is_faster(q, dropout=dropout):
+        return causal_attention(q, k, v, scaling=scaling).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, is_causal=True, scale=scaling
+    ).transpose(1, 2)
 
 
 def eager_attention(

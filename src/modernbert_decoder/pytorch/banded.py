@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modernbert_decoder.pytorch.products import is_faster, masked_attention
+
 _MIN_BLOCK: Final = 32  # narrower blocks cost more in overhead than they save in products
 _MIN_BLOCKS: Final = 4  # with fewer, a band is hardly narrower than the whole
 
@@ -91,14 +93,11 @@ def banded_attention(
     missing = -num_tokens % b
     if missing:
         q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
-    mixed = F.scaled_dot_product_attention(
-        _blocks(q, b).flatten(0, 1),
-        _with_previous_block(k, b),
-        _with_previous_block(v, b),
-        attn_mask=mask,
-        dropout_p=dropout,
-        scale=scaling,
-    )  # (B * N, H, b, D)
+    blocks = (_blocks(q, b).flatten(0, 1), _with_previous_block(k, b), _with_previous_block(v, b))
+    if is_faster(q, dropout=dropout):
+        mixed = masked_attention(*blocks, mask, scaling=scaling)  # (B * N, H, b, D)
+    else:
+        mixed = F.scaled_dot_product_attention(*blocks, attn_mask=mask, dropout_p=dropout, scale=scaling)
     mixed = mixed.transpose(1, 2).reshape(batch_size, -1, *q.shape[1::2])  # (B, N * b, H, D)
     return mixed[:, :num_tokens]
 
