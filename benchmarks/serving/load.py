@@ -119,48 +119,86 @@ async def ask(address: tuple[str, int], path: str, body: Mapping[str, Any]) -> A
         f"POST {path} HTTP/1.1\r\nHost: {address[0]}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
     )
-    writer = None
+    loop = asyncio.get_running_loop()
     try:
-        reader, writer = await asyncio.open_connection(*address)
-        writer.write(head.encode() + data)
-        status = (await reader.readline()).split()
-        if len(status) < 2 or status[1] != b"200":
-            answer.error = f"status {status[1].decode() if len(status) > 1 else 'missing'}"
-            return answer
-        await _follow(reader, answer)
+        transport, reply = await loop.create_connection(
+            lambda: _Reply(answer, loop.create_future()), *address
+        )
     except OSError as error:
         answer.error = type(error).__name__
+        return answer
+    try:
+        transport.write(head.encode() + data)
+        await reply.ended
     finally:
-        if writer is not None:
-            writer.close()
+        transport.close()
     return answer
 
 
-async def _follow(reader: asyncio.StreamReader, answer: Answer) -> None:
-    """Reads the stream's lines; sizes of HTTP's own chunks are lines of their own and skipped."""
-    is_done = False
-    while line := await reader.readline():
-        if not line.startswith(b"data: "):
-            continue
-        if line.startswith(b"data: [DONE]"):
-            is_done = True
-            continue
-        value = json.loads(line[6:])
+class _Reply(asyncio.Protocol):
+    """Reads an answer's lines as they come; sizes of HTTP's own chunks are lines of their own and skipped.
+
+    Attributes:
+        ended: done when the answer has come to its end, or its connection.
+    """
+
+    def __init__(self, answer: Answer, ended: asyncio.Future[None]) -> None:
+        self.ended = ended
+        self._answer = answer
+        self._rest = b""
+        self._has_status = self._is_done = False
+
+    def data_received(self, data: bytes) -> None:
+        """A part of the answer, whole lines or not."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if not self._has_status:
+                self._has_status = True
+                status = line.split()
+                if len(status) < 2 or status[1] != b"200":
+                    self._answer.error = f"status {status[1].decode() if len(status) > 1 else 'missing'}"
+            elif self._answer.error is None and line.startswith(b"data: "):
+                if line.startswith(b"data: [DONE]"):
+                    self._is_done = True
+                else:
+                    self._add(json.loads(line[6:]))
+        if self._answer.error is not None:
+            self._end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The answer's end, or its early end."""
+        answer = self._answer
+        if answer.error is None:
+            if exc is not None:
+                answer.error = type(exc).__name__
+            elif not self._has_status:
+                answer.error = "status missing"
+            elif not self._is_done:
+                answer.error = "the stream broke off"
+        if not answer.completion_tokens:  # a server that does not count: it sends a chunk per token
+            answer.completion_tokens = len(answer.arrivals)
+        self._end()
+
+    def _add(self, value: dict[str, Any]) -> None:
+        answer = self._answer
         if "error" in value:
             answer.error = str(value["error"].get("code") or value["error"].get("message"))
             return
         if value.get("usage"):
             answer.prompt_tokens = value["usage"]["prompt_tokens"]
             answer.completion_tokens = value["usage"]["completion_tokens"]
-        is_done = is_done or any(choice.get("finish_reason") for choice in value["choices"])
-        text = value["choices"][0].get("text", "") if value["choices"] else ""
-        if text or (value["choices"] and not answer.arrivals):
+        choices = value["choices"]
+        if not choices:
+            return
+        self._is_done = self._is_done or any(choice.get("finish_reason") for choice in choices)
+        text = choices[0].get("text", "")
+        if text or not answer.arrivals:
             answer.arrivals.append(time.perf_counter() - answer.began)
             answer.text += text
-    if not is_done:
-        answer.error = "the stream broke off"
-    if not answer.completion_tokens:  # a server that does not count: it sends a chunk per token
-        answer.completion_tokens = len(answer.arrivals)
+
+    def _end(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
 
 
 async def _client(

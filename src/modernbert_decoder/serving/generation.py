@@ -24,7 +24,7 @@ from modernbert_decoder.serving.models import ServedModel
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generation:
     """Prompts to complete.
 
@@ -34,6 +34,7 @@ class Generation:
         params: for all.
         context: of the server.
         record: of the request.
+        compiled: structured output, held so that the engine finds it when it is asked.
     """
 
     model: ServedModel
@@ -41,6 +42,7 @@ class Generation:
     params: SamplingParams
     context: ServerContext
     record: RequestRecord
+    compiled: object = None
 
     async def prepare(self, *, structured_field: str) -> None:
         """Compiles what takes long before the engine is asked: structured output.
@@ -53,7 +55,8 @@ class Generation:
         """
         if self.params.structured is not None:
             try:
-                await asyncio.to_thread(self.model.llm.check_structured, self.params.structured)
+                compile_it = self.model.llm.check_structured
+                self.compiled = await asyncio.to_thread(compile_it, self.params.structured)
             except InputError as error:
                 told = f"{structured_field}: {error}"
                 raise ApiError(400, told, param=structured_field, code="invalid_value") from None
@@ -103,6 +106,7 @@ class Generation:
         self, streams: Sequence[CompletionStream]
     ) -> AsyncGenerator[tuple[int, StreamChunk], None]:
         record, metrics, name = self.record, self.context.metrics, self.model.name
+        observe = metrics.token_seconds(name)
         last: dict[tuple[int, int], float] = {}
         num_tokens, reasons = 0, []
         try:
@@ -114,7 +118,7 @@ class Generation:
                         record.first_token_seconds = record.seconds
                         metrics.first_token(name, record.first_token_seconds)
                     if key in last and count:
-                        metrics.next_tokens(name, now - last[key], count)
+                        observe((now - last[key]) / count)
                     last[key] = now
                     num_tokens += count
                     if chunk.finish_reason is not None:
@@ -138,10 +142,11 @@ class Generation:
         timings = [output.timings for output in outputs]
         record.first_token_seconds = min(each.time_to_first_token_seconds for each in timings)
         metrics.first_token(name, record.first_token_seconds)
+        observe = metrics.token_seconds(name)
         for each in timings:
             count = each.num_output_tokens - each.num_completions
             if count > 0:
-                metrics.next_tokens(name, each.decode_seconds * each.num_completions, count)
+                observe(each.decode_seconds * each.num_completions / count)
 
 
 async def together(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:

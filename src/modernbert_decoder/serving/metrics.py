@@ -84,9 +84,10 @@ class Metrics:
         """Of a request to a model that is served."""
         self._first_token_seconds.labels(model).observe(seconds)
 
-    def next_tokens(self, model: str, seconds: float, count: int) -> None:
-        """So many tokens came so long after those before them."""
-        self._token_seconds.labels(model).observe(seconds / count)
+    def token_seconds(self, model: str) -> Callable[[float], None]:
+        """Takes the seconds between two tokens of a model's completion, time after time."""
+        observe: Callable[[float], None] = self._token_seconds.labels(model).observe
+        return observe
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

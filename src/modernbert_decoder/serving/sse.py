@@ -6,11 +6,11 @@ This module knows connections and bytes; what the events say is the caller's bus
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
 from fastapi import Request, Response
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 Result = TypeVar("Result")
@@ -23,9 +23,9 @@ class ClientGoneError(Exception):
 
 
 def event(data: Mapping[str, Any]) -> bytes:
-    """One event with a JSON value."""
+    """One event with a JSON value, in which there may be pydantic's models."""
     # In ASCII: some clients split lines at every separator that Unicode knows, inside of texts too.
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(data, ensure_ascii=True) + b"\n\n"
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

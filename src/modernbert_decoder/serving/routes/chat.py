@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -24,7 +24,8 @@ from modernbert_decoder.serving.protocol.completions import (
     ChatRequest,
 )
 from modernbert_decoder.serving.routes.beginning import COMPUTING_ERRORS, answer_id, begin, fingerprint
-from modernbert_decoder.serving.routes.streaming import STREAM_OR, json_response, stream_response
+from modernbert_decoder.serving.routes.long_answers import long_json_response, made
+from modernbert_decoder.serving.routes.streaming import STREAM_OR, stream_response
 from modernbert_decoder.serving.sse import while_connected
 from modernbert_decoder.serving.strict_json import StrictJsonRoute
 from modernbert_decoder.serving.token_texts import chat_logprobs
@@ -50,7 +51,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     generation = Generation(model, [ids], params, context_of(request), record)
     job = _Job(body, model, record)
     if not body.stream:
-        return json_response(await while_connected(request, _whole(job, generation)))
+        return await while_connected(request, _whole(job, generation))
     return stream_response(await while_connected(request, _events(job, generation)), record)
 
 
@@ -91,11 +92,15 @@ async def _prompt_ids(body: ChatRequest, model: ServedModel) -> list[int]:
     return ids
 
 
-async def _whole(job: _Job, generation: Generation) -> ChatReply:
+async def _whole(job: _Job, generation: Generation) -> Response:
     await generation.prepare(structured_field=job.body.structured_field)
     (output,) = await generation.whole()
     num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
-    return job.reply([job.choice(completion) for completion in output.outputs], num_tokens)
+    num_items = len(output.outputs)
+    if job.body.logprobs:
+        num_items += num_tokens * (1 + (job.body.top_logprobs or 0))
+    reply = await made(lambda: job.reply(output.outputs, num_tokens), num_items=num_items)
+    return await long_json_response(reply, num_items=num_items)
 
 
 async def _events(job: _Job, generation: Generation) -> AsyncGenerator[dict[str, Any], None]:
@@ -150,11 +155,10 @@ class _Job:
 
     def piece(self, chunk: StreamChunk, delta: dict[str, str]) -> dict[str, Any]:
         """What a chunk adds to an answer."""
-        logprobs = self._logprobs(chunk)
         return {
             "index": chunk.index,
             "delta": delta,
-            "logprobs": None if logprobs is None else logprobs.model_dump(),
+            "logprobs": self._logprobs(chunk),
             "finish_reason": chunk.finish_reason,
             "stop_reason": chunk.stop_reason,
         }
@@ -165,15 +169,16 @@ class _Job:
         num_top = self.body.top_logprobs or 0
         return chat_logprobs(self._model.llm.tokenizer, part.logprobs, num_top=num_top)
 
-    def reply(self, choices: list[ChatChoice], num_tokens: int) -> ChatReply:
+    def reply(self, completions: Sequence[CompletionOutput], num_tokens: int) -> ChatReply:
         """All answers."""
+        choices = [self.choice(completion) for completion in completions]
         return ChatReply(**self._head, choices=choices, usage=self._usage(num_tokens))
 
     def event(self, choices: list[dict[str, Any]], num_tokens: int | None = None) -> dict[str, Any]:
         """A chunk of a stream."""
         chunk: dict[str, Any] = {**self._head, "object": "chat.completion.chunk", "choices": choices}
         if self.body.wants_usage:
-            chunk["usage"] = None if num_tokens is None else self._usage(num_tokens).model_dump()
+            chunk["usage"] = None if num_tokens is None else self._usage(num_tokens)
         return chunk
 
     def _usage(self, num_tokens: int) -> Usage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -10,12 +11,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from modernbert_decoder.engine.outputs import CompletionOutput, RequestOutput, StreamChunk
+from modernbert_decoder.engine.outputs import CompletionOutput, RequestOutput, Score, StreamChunk
 from modernbert_decoder.serving.context import RequestRecord, context_of, record_of
 from modernbert_decoder.serving.errors import ApiError
 from modernbert_decoder.serving.generation import Generation, primed
 from modernbert_decoder.serving.models import ServedModel
-from modernbert_decoder.serving.prompts import EncodedPrompt, check_room, encode_prompts
+from modernbert_decoder.serving.prompts import EncodedPrompt, encode_prompts
 from modernbert_decoder.serving.protocol.base import Usage
 from modernbert_decoder.serving.protocol.completions import (
     CompletionChoice,
@@ -24,7 +25,8 @@ from modernbert_decoder.serving.protocol.completions import (
     CompletionRequest,
 )
 from modernbert_decoder.serving.routes.beginning import COMPUTING_ERRORS, answer_id, begin, fingerprint
-from modernbert_decoder.serving.routes.streaming import STREAM_OR, json_response, stream_response
+from modernbert_decoder.serving.routes.long_answers import long_json_response, made
+from modernbert_decoder.serving.routes.streaming import STREAM_OR, stream_response
 from modernbert_decoder.serving.sse import while_connected
 from modernbert_decoder.serving.strict_json import StrictJsonRoute
 from modernbert_decoder.serving.token_texts import CompletionTokens
@@ -60,7 +62,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         model, [prompt.ids for prompt in job.prompts], params, context_of(request), record
     )
     if not body.stream:
-        return json_response(await while_connected(request, _whole(job, generation)))
+        return await while_connected(request, _whole(job, generation))
     return stream_response(await while_connected(request, _events(job, generation)), record)
 
 
@@ -75,26 +77,25 @@ def _check(body: CompletionRequest) -> None:
 
 
 async def _prompts(body: CompletionRequest, model: ServedModel) -> list[EncodedPrompt]:
-    skip = body.skip_special_tokens is not False
-    prompts = await encode_prompts(body.prompt, model.llm, skip_special_tokens=skip)
-    max_tokens = 16 if body.max_tokens is None else body.max_tokens
-    for prompt in prompts:
-        check_room(prompt.ids, model.llm, max_tokens=max_tokens, param="max_tokens")
-    return prompts
+    return await encode_prompts(
+        body.prompt,
+        model.llm,
+        max_tokens=16 if body.max_tokens is None else body.max_tokens,
+        skip_special_tokens=body.skip_special_tokens is not False,
+        is_echoed=bool(body.echo),
+    )
 
 
-async def _whole(job: _Job, generation: Generation) -> CompletionReply:
+async def _whole(job: _Job, generation: Generation) -> Response:
     echoes = await job.echoes(generation)
-    if job.max_tokens == 0:
-        return job.reply([job.nothing(index, echo) for index, echo in job.places(echoes)], 0)
-    await generation.prepare(structured_field=job.body.structured_field)
-    outputs = await generation.whole()
-    choices = [
-        job.choice(place, echo, completion)
-        for place, (echo, output) in enumerate(zip(echoes, outputs, strict=True))
-        for completion in output.outputs
-    ]
-    return job.reply(choices, _num_tokens(outputs))
+    outputs: list[RequestOutput] = []
+    if job.max_tokens > 0:
+        await generation.prepare(structured_field=job.body.structured_field)
+        outputs = await generation.whole()
+    num_tokens = _num_tokens(outputs)
+    num_items = job.num_items(num_tokens)
+    reply = await made(lambda: job.reply(job.choices(echoes, outputs), num_tokens), num_items=num_items)
+    return await long_json_response(reply, num_items=num_items)
 
 
 async def _events(job: _Job, generation: Generation) -> AsyncGenerator[dict[str, Any], None]:
@@ -109,6 +110,7 @@ async def _events(job: _Job, generation: Generation) -> AsyncGenerator[dict[str,
 async def _echoed(job: _Job, echoes: Sequence[Echo]) -> AsyncGenerator[dict[str, Any], None]:
     for index, echo in job.places(echoes):
         yield job.event([job.nothing(index, echo)])
+        await asyncio.sleep(0)  # each may be long, and sending gives others no turn by itself
     if job.body.wants_usage:
         yield job.event([], job.usage(0))
 
@@ -197,11 +199,22 @@ class _Job:
             client=generation.record.client,
             timeout=generation.seconds_left,
         )
+        return await made(lambda: self._echoed(scores), num_items=self.num_items(0))
+
+    def _echoed(self, scores: Sequence[Score]) -> list[Echo]:
         tokenizer = self._model.llm.tokenizer
         return [
             Echo(prompt.text, prompt.echoed_tokens(tokenizer, score, skip_special_tokens=self._skip))
             for prompt, score in zip(self.prompts, scores, strict=True)
         ]
+
+    def num_items(self, num_tokens: int) -> int:
+        """About how many numbers and texts an answer with so many tokens of completions has."""
+        num_completions = len(self.prompts) * self.num_each
+        if self.body.logprobs is None:
+            return num_completions
+        num_echoed = self.num_each * sum(len(prompt.ids) for prompt in self.prompts) if self.body.echo else 0
+        return num_completions + (num_tokens + num_echoed) * (1 + self.num_top)
 
     def tokens(self, *, offset: int) -> CompletionTokens:
         """Of a completion that starts so many characters into the text."""
@@ -218,6 +231,16 @@ class _Job:
         if self.body.logprobs is not None and logprobs is None:
             logprobs = self.tokens(offset=0).take()
         return CompletionChoice(index=index, text=echo.text, logprobs=logprobs, finish_reason="length")
+
+    def choices(self, echoes: Sequence[Echo], outputs: Sequence[RequestOutput]) -> list[CompletionChoice]:
+        """All completions, or where no tokens were asked for what stands in front of them."""
+        if not outputs:
+            return [self.nothing(index, echo) for index, echo in self.places(echoes)]
+        return [
+            self.choice(place, echo, completion)
+            for place, (echo, output) in enumerate(zip(echoes, outputs, strict=True))
+            for completion in output.outputs
+        ]
 
     def choice(self, place: int, echo: Echo, completion: CompletionOutput) -> CompletionChoice:
         """A whole completion of the prompt at `place`."""
@@ -247,10 +270,10 @@ class _Job:
         chunk: dict[str, Any] = {
             **self._head,
             "object": "text_completion",
-            "choices": [choice.model_dump() for choice in choices],
+            "choices": choices,
         }
         if self.body.wants_usage:
-            chunk["usage"] = None if usage is None else usage.model_dump()
+            chunk["usage"] = usage
         return chunk
 
 
