@@ -47,6 +47,7 @@ def shape(width: int, layers: int, heads: int, feed_forward: int, vocabulary: in
 VARIANTS = (
     Variant("192 x 8, vocabulary 4096"),
     Variant("192 x 9, vocabulary 2048", shape(192, 9, 3, 384, 2048)),
+    Variant("192 x 7, vocabulary 6144", shape(192, 7, 3, 384, 6144)),
     Variant("192 x 6, vocabulary 8192", shape(192, 6, 3, 384, 8192)),
     Variant("256 x 4, vocabulary 4096", shape(256, 4, 4, 512, 4096)),
     Variant("128 x 15, vocabulary 4096", shape(128, 15, 2, 384, 4096)),

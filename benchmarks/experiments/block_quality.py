@@ -50,14 +50,14 @@ class BlockQuality:
 
 
 _FLOAT = MatrixFormat(32)
-_INT8 = MatrixFormat(8, 128)
+_INT8 = MatrixFormat(8, 256)
 CANDIDATES = (
     Candidate("float32", _FLOAT, _FLOAT),
     *(
         Candidate(f"int8, blocks of {size}", MatrixFormat(8, size), MatrixFormat(8, size))
-        for size in (32, 64)
+        for size in (32, 64, 128)
     ),
-    Candidate("int8, blocks of 128 (shipped)", _INT8, _INT8),
+    Candidate("int8, blocks of 256 (shipped)", _INT8, _INT8),
     *(
         Candidate(f"int8, layers in whole blocks of {size}", WholeBlocks(8, size), _INT8)
         for size in (128, 256)

@@ -35,6 +35,7 @@ CONTROL = "Controls"
 SELF = "nothing, "
 _BOTH = ("int8", "int4")
 _INT8 = ("int8",)
+_MORE_SCALES = "Left: more scales to read."
 # Threads that nothing stops spin for some 40 ms after a call.
 _SPINNING_SECONDS = 0.2
 
@@ -189,25 +190,36 @@ PRODUCTS = (
     ),
 )
 
+# Format, shipped block size, another one, and what follows.
+_LAYER_BLOCKS = (
+    *(("int8", 256, size, _MORE_SCALES) for size in (32, 64, 128)),
+    *(("int4", 128, size, _MORE_SCALES) for size in (32, 64)),
+    ("int4", 128, 256, "Left: it costs a third more perplexity in 4 bits."),
+)
+_VOCABULARY_BLOCKS = (
+    *(("int8", 256, size, _MORE_SCALES) for size in (32, 64, 128)),
+    ("int4", 64, 32, _MORE_SCALES),
+    ("int4", 64, 128, "Left: 64 makes the 4.5 bits of Q4_0, which this format is compared with."),
+    ("int4", 64, 256, "Left: as 128."),
+)
 BLOCKS = (
     *(
         Experiment(
-            f"layers in blocks of {size}, instead of 128",
-            "Left: more scales to read."
-            if size < 128
-            else "Left for now: some 4% of a prefill and nothing certain in decode, for another packing of "
-            "every model; perplexity would allow it in 8 bits.",
+            f"layers in blocks of {size}, instead of {shipped}",
+            why,
             "Block sizes",
+            formats=(fmt,),
             body_block=size,
         )
-        for size in (32, 64, 256)
+        for fmt, shipped, size, why in _LAYER_BLOCKS
     ),
     Experiment(
-        "layers and vocabulary in blocks of 256",
-        "Left: as the layers alone.",
+        "layers and vocabulary in blocks of 128, instead of 256",
+        _MORE_SCALES,
         "Block sizes",
-        body_block=256,
-        vocabulary_block=256,
+        formats=_INT8,
+        body_block=128,
+        vocabulary_block=128,
     ),
     *(
         Experiment(
@@ -217,19 +229,7 @@ BLOCKS = (
             formats=(fmt,),
             vocabulary_block=size,
         )
-        for fmt, shipped, size, why in (
-            ("int8", 128, 32, "Left: more scales to read."),
-            ("int8", 128, 64, "Left: more scales to read."),
-            (
-                "int8",
-                128,
-                256,
-                "Left: perplexity of such a vocabulary is untested, the bundled model being narrower.",
-            ),
-            ("int4", 64, 32, "Left: more scales to read."),
-            ("int4", 64, 128, "Left: 64 makes the 4.5 bits of Q4_0, which this format is compared with."),
-            ("int4", 64, 256, "Left: as 128."),
-        )
+        for fmt, shipped, size, why in _VOCABULARY_BLOCKS
     ),
 )
 

@@ -168,13 +168,13 @@ class QuantizationScheme:
 # Blocks as long as the measured perplexity allows: every scale less is time won (docs/benchmarks.md).
 _BODY: Final = {
     "float32": MatrixFormat(32),
-    "int8": MatrixFormat(8, 128),
+    "int8": MatrixFormat(8, 256),
     "int4": MatrixFormat(4, 128),
     "w8a8": MatrixFormat(8, 0),
 }
 # A 4-bit vocabulary costs as much perplexity as the whole 4-bit body: int4 keeps it in 8 bits by default.
 # The embedding is looked up in blocks, so w8a8 keeps that matrix in them, too.
-_VOCABULARY: Final = {**_BODY, "int4": MatrixFormat(8, 128), "w8a8": MatrixFormat(8, 128)}
+_VOCABULARY: Final = {**_BODY, "int4": _BODY["int8"], "w8a8": _BODY["int8"]}
 # Asked for by name, it is the pure 4-bit model that compares with llama.cpp's Q4_0, at the same 4.5 bits.
 _CHOSEN_VOCABULARY: Final = {**_BODY, "int4": MatrixFormat(4, 64)}
 

@@ -76,7 +76,7 @@ class TrainingTokenizer:
             **{key: token for key, token in names.items() if self.tokenizer.token_to_id(token) is not None},
         }
         with new_file(folder / "tokenizer.json") as file:
-            file.write(self.tokenizer.to_str(pretty=True).encode())
+            file.write(self.tokenizer.to_str(pretty=False).encode())
         with new_file(folder / "tokenizer_config.json") as file:
             file.write((json.dumps(config, indent=2) + "\n").encode())
 
