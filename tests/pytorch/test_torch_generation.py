@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from checkpoints import byte_tokenizer
+from modernbert_decoder.architecture import released_architecture
+from modernbert_decoder.pytorch import ModernBertDecoderConfig, ModernBertDecoderForCausalLM
 from modernbert_decoder.pytorch.caches import CACHE_FIELD
 
 PROMPT, NEW = 50, 60  # together past the window of 64
@@ -141,6 +143,34 @@ def test_assisted_generation_past_the_window_equals_greedy(draft_layers: int) ->
     expected = generated(model, ids, **options)
     assert expected.shape[1] > 64
     assert torch.equal(generated(model, ids, assistant_model=draft, **options), expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_17m_draft_spares_a_32m_model_calls_and_changes_no_token() -> None:
+    draft, model = (_of_released_size(size) for size in ("17m", "32m"))
+    with torch.no_grad():  # so that some drafts are right: both mostly repeat what they read
+        for each in (draft, model):
+            each.model.embeddings.tok_embeddings.weight.mul_(4)
+            each.lm_head.dense.weight.copy_(torch.eye(each.config.hidden_size))
+    ids, calls = random_ids(PROMPT, rows=1), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    options = {"min_new_tokens": None, "max_new_tokens": 20, "eos_token_id": None}
+    expected = generated(model, ids, **options)
+    num_alone = len(calls)
+    assert torch.equal(generated(model, ids, assistant_model=draft, **options), expected)
+    assert len(calls) - num_alone < num_alone == 20
+
+
+def _of_released_size(size: str) -> ModernBertDecoderForCausalLM:
+    shape = released_architecture(size)
+    config = ModernBertDecoderConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+    )
+    torch.manual_seed(0)
+    return ModernBertDecoderForCausalLM(config).eval()
 
 
 def test_left_padding_does_not_change_the_tokens() -> None:
