@@ -46,18 +46,14 @@ def shape(width: int, layers: int, heads: int, feed_forward: int, vocabulary: in
 
 VARIANTS = (
     Variant("192 x 8, vocabulary 4096"),
-    Variant("192 x 9, vocabulary 2048", shape(192, 9, 3, 384, 2048)),
     Variant("192 x 7, vocabulary 6144", shape(192, 7, 3, 384, 6144)),
     Variant("192 x 6, vocabulary 8192", shape(192, 6, 3, 384, 8192)),
     Variant("256 x 4, vocabulary 4096", shape(256, 4, 4, 512, 4096)),
-    Variant("128 x 15, vocabulary 4096", shape(128, 15, 2, 384, 4096)),
-    Variant("192 x 4, half the size", shape(192, 4, 3, 384, 4096)),
-    Variant("192 x 8, heads of 32", ("model.num_attention_heads=6",)),
-    Variant("192 x 8, every second layer full", ("model.full_attention_every=2",)),
-    Variant("192 x 8, rate 1e-3", ("optimizer.learning_rate=1e-3",)),
-    Variant("192 x 8, rate 4e-3", ("optimizer.learning_rate=4e-3",)),
-    Variant("192 x 8, batch of 8", ("phases.0.batch_sequences=8",)),
-    Variant("192 x 8, batch of 32", ("phases.0.batch_sequences=32",)),
+    Variant("256 x 4, vocabulary 6144", shape(256, 4, 4, 384, 6144)),
+    Variant(
+        "256 x 4, vocabulary 6144, rate 4e-3",
+        (*shape(256, 4, 4, 384, 6144), "optimizer.learning_rate=4e-3"),
+    ),
 )
 
 
