@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture, LayerKind, RotaryParameters
 from modernbert_decoder.checkpoint import Checkpoint, write_safetensors
+from modernbert_decoder.engine.batch_invariance import Pairs
 from modernbert_decoder.engine.graph import build_graph
 from modernbert_decoder.engine.runtime import Row, Runtime
 from modernbert_decoder.engine.selective import divided_projection
@@ -113,6 +114,7 @@ def open_runtime(
     context_length: int = 2048,
     threads: int = 1,
     is_selective: bool = False,
+    pairs: Pairs | None = None,
 ) -> Runtime:
     """A runtime on a checkpoint, without `LLM`, scheduler and graph cache."""
     checkpoint = Checkpoint.open(folder)
@@ -131,6 +133,7 @@ def open_runtime(
         threads=threads,
         providers=["CPUExecutionProvider"],
         is_selective=is_selective,
+        pairs=pairs,
     )
 
 

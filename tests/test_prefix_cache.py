@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from checkpoints import open_runtime, random_ids, relative_error, tiny_architecture, write_checkpoint
 from modernbert_decoder.architecture import LayerKind
-from modernbert_decoder.engine.kv_cache import KVCache, Slot, ring_length
+from modernbert_decoder.engine.kv_cache import KVCache, Slot
 from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.engine.prefix_cache import PrefixCache, PrefixTree, _Node
 from modernbert_decoder.engine.request import Request
+from modernbert_decoder.engine.rings import ring_length
 from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.sampling import SamplingParams
 from modernbert_decoder.engine.scheduler import Scheduler

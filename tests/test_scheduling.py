@@ -46,6 +46,7 @@ class FakeRuntime:
         self.num_calls = 0
         self.fed: list[list[int]] = []
         self.is_broken = False
+        self.is_batch_invariant = False
 
     def step(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
         if self.is_broken:

@@ -28,12 +28,13 @@ from modernbert_decoder.architecture import Head
 from modernbert_decoder.cli import main
 from modernbert_decoder.engine.draft_length import DraftLength, StepCosts
 from modernbert_decoder.engine.draft_model import DraftModel
-from modernbert_decoder.engine.kv_cache import KVCache, ring_length
+from modernbert_decoder.engine.kv_cache import KVCache
 from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.engine.outputs import CompletionOutput
 from modernbert_decoder.engine.prefix_cache import PrefixCache
 from modernbert_decoder.engine.prompt_lookup import PromptLookup
 from modernbert_decoder.engine.request import Request
+from modernbert_decoder.engine.rings import ring_length
 from modernbert_decoder.engine.runtime import Row, Runtime
 from modernbert_decoder.engine.sampling import SamplingParams
 from modernbert_decoder.engine.scheduler import Scheduler

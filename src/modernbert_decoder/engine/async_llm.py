@@ -12,10 +12,11 @@ import math
 import numbers
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from modernbert_decoder.engine.completing import request_output
 from modernbert_decoder.engine.engine_thread import EngineThread
@@ -32,9 +33,12 @@ from modernbert_decoder.engine.prompts import Prompt, Text, as_list, checked_int
 from modernbert_decoder.engine.reading_desk import ReadingDesk
 from modernbert_decoder.engine.sampling_params import SamplingParams
 from modernbert_decoder.engine.ticket import Ticket
-from modernbert_decoder.errors import InputError, RequestTimeoutError
+from modernbert_decoder.errors import EngineClosedError, InputError, RequestTimeoutError
 
 Result = TypeVar("Result")
+
+# Log-probabilities of a result; fewer are put together faster than a thread is asked to.
+_FEW_ITEMS: Final = 2_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +139,8 @@ class AsyncLLM:
         max_waiting: most prompts that wait, and calls that wait to read texts; one more is refused.
         max_kv_bytes: most keys and values that running completions may come to, each as long as its
             `max_tokens` allows; by default what all slots can hold.
+        batch_invariant: as of `LLM`, whose own choice counts again after `close`. Without it, completions in
+            int8 and int4 depend a little on what other requests run.
 
     Raises:
         InputError: an argument out of its range, or the LLM has an `AsyncLLM` already.
@@ -143,7 +149,14 @@ class AsyncLLM:
     `drain` or `close` was called, and `InputError` for what cannot be used.
     """
 
-    def __init__(self, llm: LLM, *, max_waiting: int = 256, max_kv_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        *,
+        max_waiting: int = 256,
+        max_kv_bytes: int | None = None,
+        batch_invariant: bool = True,
+    ) -> None:
         checked_integer("max_waiting", max_waiting, 0)
         if max_kv_bytes is not None:
             checked_integer("max_kv_bytes", max_kv_bytes, 1)
@@ -156,6 +169,8 @@ class AsyncLLM:
             before_reading=self._desk.check,
         )
         self._is_closed = False
+        self._was_batch_invariant = self._engine.scheduler.is_batch_invariant
+        self._set_batch_invariant(batch_invariant)
         # Of an AsyncLLM that is dropped without having been closed, running requests go on to their ends.
         weakref.finalize(self, self._engine.detach).atexit = False
 
@@ -163,6 +178,14 @@ class AsyncLLM:
     def llm(self) -> LLM:
         """The model: its tokenizer, architecture and limits; never to be driven directly."""
         return self._llm
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step that is being computed now has been running; 0 where none is.
+
+        A step takes a fraction of a second; an engine that hangs is recognized by one that does not end.
+        """
+        return self._engine.turn_seconds
 
     def stream(
         self,
@@ -208,7 +231,8 @@ class AsyncLLM:
         except BaseException:
             self._engine.end(ticket)
             raise
-        output = request_output(prompt, ticket.requests)
+        shape = partial(request_output, prompt, ticket.requests)
+        output = shape() if _num_items(ticket) <= _FEW_ITEMS else await asyncio.to_thread(shape)
         if any(each.finish_reason == "timeout" for each in output.outputs):
             raise RequestTimeoutError(
                 f"the request was not finished in {ticket.timeout:g} seconds", output=output
@@ -327,9 +351,20 @@ class AsyncLLM:
     async def close(self) -> None:
         """Ends what runs or waits, as `drain` does, and the threads; the LLM can be driven directly again."""
         await self.drain(0)
-        self._is_closed = True
+        if not self._is_closed:
+            self._is_closed = True
+            self._set_batch_invariant(self._was_batch_invariant)
         self._desk.close()
         self._engine.close()
+
+    def _set_batch_invariant(self, value: bool) -> None:
+        scheduler = self._engine.scheduler
+
+        def choose() -> None:
+            scheduler.is_batch_invariant = value
+
+        with suppress(EngineClosedError):  # a closed LLM computes nothing, one way or the other
+            self._llm._driver.compute_alone(choose)
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -371,6 +406,13 @@ class AsyncLLM:
             raise
         finally:
             self._desk.end(job)
+
+
+def _num_items(ticket: Ticket) -> int:
+    """Of log-probabilities in what a ticket's completions have come to."""
+    num_each = ticket.requests[0].params.logprobs
+    num_tokens = sum(len(request.token_ids) for request in ticket.requests)
+    return 0 if num_each is None else num_tokens * (1 + num_each)
 
 
 def _check_client(client: Any) -> None:

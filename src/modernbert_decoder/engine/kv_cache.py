@@ -20,14 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture, LayerKind
+from modernbert_decoder.engine.rings import ring_capacity, ring_length
 from modernbert_decoder.errors import InputError
 
 Float32 = NDArray[np.float32]
 Layers = Sequence[tuple[Float32, Float32]]
 """Keys and values of every layer, (B, H, capacity, D) each."""
 
-# Positions a ring holds beyond the window: it is compacted once in (slack + 1) tokens, not at every token.
-RING_SLACK: Final = 64
 # Tokens for whose pages all free places together are kept: the next requests find them ready.
 KEPT_TOKENS: Final = 4096
 # Pages for so many tokens more than it holds may lie behind a slot that moved into a longer one's place.
@@ -35,21 +34,6 @@ _SPARE_TOKENS: Final = 256
 
 # Python names this flag from 3.13 on; its value on Linux is older than that.
 _NO_RESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-
-
-def ring_length(total: int, capacity: int, window: int) -> int:
-    """How many of the last positions a ring holds after `total` tokens (ONNX Runtime's contract).
-
-    The newest `ring_length` positions lie in order from row 0. With capacity 6 and window 4, every compaction
-    frees G = 6 - 4 + 1 = 3 rows: after 6 tokens all 6 are there, the seventh drops three and leaves 4.
-
-    >>> [ring_length(total, 6, 4) for total in (1, 6, 7, 8, 9, 10)]
-    [1, 6, 4, 5, 6, 4]
-    """
-    if total <= capacity:
-        return total
-    freed = capacity - window + 1
-    return total - freed * -(-(total - capacity) // freed)
 
 
 class Slot:
@@ -77,7 +61,7 @@ class KVCache:
         self.architecture = architecture
         self.num_slots = num_slots
         self.capacity = capacity
-        self.ring_capacity = architecture.window + RING_SLACK
+        self.ring_capacity = ring_capacity(architecture)
         heads, width = architecture.num_attention_heads, architecture.head_dim
         rows = [
             self.ring_capacity if kind is LayerKind.SLIDING else capacity for kind in architecture.layer_kinds
@@ -89,7 +73,11 @@ class KVCache:
             2 * architecture.num_sliding_layers * heads * width * 4,
         )
         buffers = [
-            [SlotBuffer((num_slots, heads, count, width), slot_bytes=slot_bytes) for _ in ("key", "value")]
+            [
+                # The place behind the last slot is never written: a call may take it along without tokens.
+                SlotBuffer((num_slots, heads, count, width), slot_bytes=slot_bytes, num_spare=1)
+                for _ in ("key", "value")
+            ]
             for count in rows
         ]
         self.layers: list[tuple[Float32, Float32]] = [(keys.array, values.array) for keys, values in buffers]
@@ -178,9 +166,13 @@ class KVCache:
 
     def has_window(self, slot: Slot, length: int) -> bool:
         """Whether the rings still hold all that the token behind the first `length` sees."""
-        first = slot.length - self._ring_length(slot.length)
+        return self.keeps_window(slot.length, length)
+
+    def keeps_window(self, total: int, length: int) -> bool:
+        """Whether rings hold after `total` tokens all that the token behind the first `length` sees."""
+        first = total - self._ring_length(total)
         begin = max(0, length - self._num_visible)
-        return length <= slot.length and (begin >= first or begin == length)
+        return length <= total and (begin >= first or begin == length)
 
     def save_window(self, slot: Slot, length: int) -> Float32:
         """A copy of what the token behind the first `length` sees in the rings, (2S, H, up to W - 1, D)."""
@@ -321,24 +313,26 @@ class SlotBuffer:
     Args:
         shape: slots first.
         slot_bytes: what all buffers of one slot take together, for the message.
+        num_spare: places behind the slots.
 
     Attributes:
-        array: the whole of it.
+        array: the whole of it, spare places included.
 
     Raises:
         InputError: the system does not give that much memory.
     """
 
-    def __init__(self, shape: tuple[int, ...], *, slot_bytes: int) -> None:
+    def __init__(self, shape: tuple[int, ...], *, slot_bytes: int, num_spare: int = 0) -> None:
         self._place_bytes = math.prod(shape[1:]) * 4
+        places = (shape[0] + num_spare, *shape[1:])
         try:
-            self._memory = None if sys.platform == "win32" else _untouched_memory(math.prod(shape) * 4)
+            self._memory = None if sys.platform == "win32" else _untouched_memory(math.prod(places) * 4)
             flat = (
-                np.zeros(shape, np.float32)
+                np.zeros(places, np.float32)
                 if self._memory is None
                 else np.frombuffer(self._memory, np.float32)
             )
-            self.array: Float32 = flat.reshape(shape)
+            self.array: Float32 = flat.reshape(places)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             raise InputError(
                 f"the system does not give the memory for {shape[0]:,} slots of {slot_bytes:,} bytes each "

@@ -101,6 +101,13 @@ class LLM:
             it again. 0 keeps none.
         speculation: guess several tokens ahead and verify them in one step. What is generated does not
             depend on the guesses, but for rounding (see `Speculation`).
+        batch_invariant: complete a prompt alike, to the last bit, whatever is computed beside it, however it
+            is cut into chunks, and whether or not the prefix cache knows its beginning. Otherwise int8 and
+            int4 sum the odd token of a step in another order, which rounding makes up to a few hundredths of
+            a log-probability, so that texts part at close choices. It costs a token more in steps of an odd
+            number (a stream that is alone computes two), and the prefix cache keeps prompts only, no
+            completions. Not covered are `speculation`, whose steps of several tokens sum in another order
+            than steps of one, other machines, and texts that are only read, beside others of the same call.
         providers: ONNX Runtime execution providers, in order of preference.
         show_progress: draw progress bars while downloading, if standard error is a terminal.
 
@@ -125,6 +132,7 @@ class LLM:
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         prefix_cache_bytes: int = 0,
         speculation: Speculation | None = None,
+        batch_invariant: bool = False,
         providers: Sequence[str] | None = None,
         show_progress: bool = True,
     ) -> None:
@@ -182,6 +190,7 @@ class LLM:
             speculator=self._speculator,
         )
         self._driver = Driver(scheduler)
+        scheduler.is_batch_invariant = batch_invariant
         self._completions = Completions(
             self._driver,
             tokenizer=self.tokenizer,
@@ -429,13 +438,16 @@ class LLM:
         job = Likelihoods(vocab_size=self.architecture.vocab_size, context=self.max_context)
         return self._reader.read(items, job)
 
-    def check_structured(self, structured: StructuredOutput) -> None:
+    def check_structured(self, structured: StructuredOutput) -> object:
         """Compiles structured output, which takes its time; requests that ask for it later find it done.
+
+        Returns:
+            What was compiled. Until it is dropped, it is certain to be found.
 
         Raises:
             InputError: it cannot be compiled, or llguidance is not installed.
         """
-        self._constraints.matcher(structured)
+        return self._constraints.compiled(structured)
 
     @property
     def cache(self) -> KVCache:

@@ -11,10 +11,12 @@ from typing import Any, Final
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head
 from modernbert_decoder.checkpoint import Checkpoint
+from modernbert_decoder.engine.batch_invariance import Pairs
 from modernbert_decoder.engine.graph_cache import cached_graph
 from modernbert_decoder.engine.prompts import checked_integer, is_integer
-from modernbert_decoder.engine.runtime import CPU_PROVIDER, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.selective import divided_projection, is_worthwhile
+from modernbert_decoder.engine.session import CPU_PROVIDER
 from modernbert_decoder.engine.weights import load_weights, rotary_tables
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.machine import MAX_THREADS
@@ -109,4 +111,5 @@ def open_runtime(
         threads=threads,
         providers=tuple(providers or (CPU_PROVIDER,)),
         is_selective=is_selective,
+        pairs=Pairs.of(scheme),
     )

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from modernbert_decoder.engine.batch_invariance import FEWEST_TOKENS
 from modernbert_decoder.engine.kv_cache import Float32, KVCache, Slot
 from modernbert_decoder.engine.request import Request
 
@@ -222,12 +223,17 @@ class PrefixCache:
 
     Attributes:
         num_hit_tokens: prompt tokens that were not computed so far.
+        is_batch_invariant: whether a prompt that is resumed must get, to the last bit, what it gets when all
+            of it is computed. Completions are not kept then, as tokens that were fed one by one have other
+            keys and values than those of a prompt, and a prompt's last two tokens are always computed.
     """
 
     def __init__(self, cache: KVCache, *, max_bytes: int, min_gap: int = MIN_GAP) -> None:
+        self._cache = cache
         self._tree = PrefixTree(cache, max_bytes=max_bytes)
         self._min_gap = min_gap
         self.num_hit_tokens = 0
+        self.is_batch_invariant = False
 
     @property
     def num_bytes(self) -> int:
@@ -246,7 +252,7 @@ class PrefixCache:
 
     def announce(self, request: Request, *, others: Sequence[Request]) -> None:
         """Has those that are prefilled pause where a prompt that has just got its slot parts from them."""
-        found = self._tree.find(array("i", request.prompt_ids[:-1]))
+        found = self._tree.find(self._reusable(request))
         wanted = found.length + self._min_gap
         for other, length in self._partings(request, others, wanted).items():
             self._waits_for(other, length, wanted)
@@ -263,8 +269,7 @@ class PrefixCache:
             if not other.is_finished and other.num_prefilled < length:
                 return False
             request.awaited = None
-        # The last token is always computed, for its logits.
-        ids = array("i", request.prompt_ids[:-1])
+        ids = self._reusable(request)
         found = self._tree.find(ids)
         wanted = found.length + self._min_gap
         partings = self._partings(request, others, wanted)
@@ -279,22 +284,24 @@ class PrefixCache:
             request.num_prefilled = found.length
             self.num_hit_tokens += found.length
         waiting = [length for other, length in partings.items() if not _has_begun(other)]
-        pauses = {found.num_shared, *([min(waiting)] if waiting else [])}
+        pauses = {found.num_shared, len(ids), *([min(waiting)] if waiting else [])}
         request.pauses = self._spaced(
-            place for place in pauses if wanted <= place < len(ids) and self._tree.fits(place)
+            place
+            for place in pauses
+            if wanted <= place and self._is_pause(request, place) and self._tree.fits(place)
         )
         return True
 
     def _partings(self, request: Request, others: Sequence[Request], wanted: int) -> dict[Request, int]:
         """Where a prompt parts from others, for those that share at least `wanted` tokens."""
-        ids = array("i", request.prompt_ids[:-1])
+        ids = self._reusable(request)
         last = slice(max(0, wanted - self._min_gap), wanted)
         partings = {}
         for other in others:
             # Most differ in the tokens behind those that are known, and are not looked at any further.
             if other is request or other.prompt_ids[last] != request.prompt_ids[last]:
                 continue
-            length = common_length(ids, array("i", other.prompt_ids[:-1]))
+            length = common_length(ids, self._reusable(other))
             if length >= wanted:
                 partings[other] = length
         return partings
@@ -308,7 +315,7 @@ class PrefixCache:
         if not _has_begun(other) or other.num_prefilled >= length or not self._tree.fits(length):
             return False
         gap = self._min_gap
-        if length < len(other.prompt_ids) - 1 and not any(
+        if self._is_pause(other, length) and not any(
             max(wanted, length - gap + 1) <= each <= length for each in other.pauses
         ):
             other.pauses = sorted([*(each for each in other.pauses if abs(each - length) >= gap), length])
@@ -331,13 +338,13 @@ class PrefixCache:
         assert request.row is not None
         done, num_prompt = request.num_prefilled, len(request.prompt_ids)
         is_wanted = done == num_prompt or done in request.pauses
-        ids = array("i", request.prompt_ids[: min(done, num_prompt - 1)])
+        ids = self._reusable(request)[:done]
         gap = self._min_gap if is_wanted else _CHUNK_GAPS * self._min_gap
         self._tree.store(ids, request.row.slot, min_gap=gap)
 
     def keep_completion(self, request: Request) -> None:
         """Makes a mark at the end of a completion; of several of one prompt, nobody knows which goes on."""
-        if request.finish_reason not in ("stop", "length") or request.params.n > 1:
+        if self.is_batch_invariant or request.finish_reason not in ("stop", "length") or request.params.n > 1:
             return
         assert request.row is not None
         slot = request.row.slot
@@ -347,6 +354,21 @@ class PrefixCache:
     def clear(self) -> None:
         """Forgets everything."""
         self._tree.clear()
+
+    def _reusable(self, request: Request) -> array[int]:
+        """A prompt without its last tokens, which are always computed."""
+        return array("i", request.prompt_ids[: -self._num_computed])
+
+    def _is_pause(self, request: Request, place: int) -> bool:
+        """Whether a prompt has to pause for a mark at a place, and does not make it at its end anyway."""
+        num_prompt = len(request.prompt_ids)
+        end = num_prompt - self._num_computed
+        return place < end or (place == end and not self._cache.keeps_window(num_prompt, end))
+
+    @property
+    def _num_computed(self) -> int:
+        """Tokens at a prompt's end that are computed even if it is known: one gives the logits."""
+        return FEWEST_TOKENS if self.is_batch_invariant else 1
 
 
 def _has_begun(request: Request) -> bool:

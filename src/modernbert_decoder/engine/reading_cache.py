@@ -10,7 +10,8 @@ Legend: B rows, P capacity of a full layer in a batch, R of a sliding layer's ri
 from __future__ import annotations
 
 from modernbert_decoder.architecture import DecoderArchitecture, LayerKind
-from modernbert_decoder.engine.kv_cache import RING_SLACK, Float32, Layers, SlotBuffer, ring_length
+from modernbert_decoder.engine.kv_cache import Float32, Layers, SlotBuffer
+from modernbert_decoder.engine.rings import ring_capacity, ring_length
 
 
 class ReadingCache:
@@ -28,7 +29,7 @@ class ReadingCache:
         self.max_rows = max_rows
         self.peak_positions = 0
         self._architecture = architecture
-        self._ring_capacity = architecture.window + RING_SLACK
+        self._ring_capacity = ring_capacity(architecture)
         values_per_position = architecture.num_attention_heads * architecture.head_dim
         sizes = {
             LayerKind.FULL: num_positions * values_per_position,

@@ -21,9 +21,11 @@ import onnxruntime
 from numpy.typing import ArrayLike, NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head
+from modernbert_decoder.engine.batch_invariance import CallShape, Pairs, pieces
 from modernbert_decoder.engine.kv_cache import Float32, KVCache, Layers, Slot, SlotBuffer
+from modernbert_decoder.engine.rings import most_new_tokens
 from modernbert_decoder.engine.selective import ScratchPair, Selection, append, past_of
-from modernbert_decoder.errors import InputError
+from modernbert_decoder.engine.session import open_session, shared_value
 
 # Prompts share a call while padding adds at most this share of tokens.
 _MAX_PADDING: Final = 0.15
@@ -31,8 +33,6 @@ _MAX_PADDING: Final = 0.15
 # rows those that verify up to so many tokens, or read the two that a draft model lacks after it was right.
 _MAX_KEPT_CALLS: Final = 32
 _MAX_KEPT_TOKENS: Final = 16
-_SPIN_MICROSECONDS: Final = "1000"
-CPU_PROVIDER: Final = "CPUExecutionProvider"
 
 
 @dataclass(slots=True)
@@ -82,9 +82,13 @@ class Runtime:
         context_length: most tokens per request.
         threads: for the session's kernels.
         providers: ONNX Runtime execution providers.
+        pairs: which numbers must be even where `is_batch_invariant` is set.
 
     Attributes:
         cache: the slots.
+        is_batch_invariant: whether logits are the same to the last bit whatever rows are fed together, and
+            however a text is cut into rows of two tokens or more. Of a row of one token they are others, as
+            attention then sums in another order.
         network_seconds: time spent inside session calls so far.
         num_calls: session calls so far.
     """
@@ -100,8 +104,12 @@ class Runtime:
         threads: int,
         providers: Sequence[str],
         is_selective: bool = False,
+        pairs: Pairs | None = None,
     ) -> None:
         self.architecture = architecture
+        self.is_batch_invariant = False
+        self._pairs = pairs or Pairs()
+        self._most_new_tokens = most_new_tokens(architecture)
         self._is_selective = is_selective
         self._num_positions = context_length
         self._scratch = ScratchPair()
@@ -109,20 +117,22 @@ class Runtime:
         self.network_seconds = 0.0
         self.num_calls = 0
         self._held = [np.asarray(array) for array in weights.values()]
-        self._session = _session(graph, list(weights), self._held, threads=threads, providers=providers)
-        # By first slot, rows, tokens of the longest and logits.
-        self._kept: dict[tuple[int, int, int, int], _Call] = {}
+        self._session = open_session(graph, list(weights), self._held, threads=threads, providers=providers)
+        # By first slot, number of rows and shape.
+        self._kept: dict[tuple[int, int, CallShape], _Call] = {}
         # One row of logits per slot for all single-token calls; other calls bring rows of their own.
         self._decode_logits = SlotBuffer(
-            (num_slots, architecture.vocab_size), slot_bytes=4 * architecture.vocab_size
+            (num_slots, architecture.vocab_size), slot_bytes=4 * architecture.vocab_size, num_spare=1
         ).array
         self._no_states = np.empty((0, architecture.hidden_size), np.float32)
 
     def step(self, rows: Sequence[Row]) -> list[Float32]:
         """Feeds every row its tokens and returns its logits (num_logits, V), valid until the next step."""
         assert not self._is_selective, "a selective graph has no slots"
+        if self.is_batch_invariant:
+            rows = [row if len(row.token_ids) == 1 else self._shortened(row) for row in rows]
         if len(rows) == 1:
-            return [self._run(rows)]
+            return [self._run(rows)[: rows[0].num_logits]]
         results: dict[int, Float32] = {}
         for group in self._groups(rows):
             logits = self._run(group)
@@ -179,6 +189,16 @@ class Runtime:
         del self._session, self._decode_logits
         self.cache.close()
 
+    def _shortened(self, row: Row) -> Row:
+        """What is left of a row to be fed once all of it but a last piece was."""
+        *leading, last = pieces(row.token_ids, self._most_new_tokens)
+        # Those with more logits verify drafts, which steps of single tokens do not equal in any case.
+        if not leading or row.num_logits > len(last):
+            return row
+        for piece in leading:
+            self._run([Row(row.slot, piece, 0)])
+        return Row(row.slot, last, row.num_logits)
+
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows in slot order, cut where slots are not neighbours or padding would cost too much."""
         groups: list[list[Row]] = []
@@ -226,18 +246,28 @@ class Runtime:
         is_decode = all(len(row.token_ids) == 1 and row.num_logits == 1 for row in rows)
         longest = 1 if is_decode else max(len(row.token_ids) for row in rows)
         num_logits = len(rows) if is_decode else sum(row.num_logits for row in rows)
-        key = (first, len(rows), longest, num_logits)
+        shape = CallShape(len(rows), longest, num_logits)
+        if self.is_batch_invariant:
+            most = max(row.slot.length for row in rows) + longest
+            shape = self._pairs.padded(shape, has_room=most < self.cache.capacity)
+        key = (first, len(rows), shape)
         if key in self._kept:
             return self._kept[key]
         if is_decode:
-            logits = self._decode_logits[first : first + len(rows)]
+            logits = self._decode_logits[first : first + shape.positions]
         else:
-            logits = np.empty((num_logits, self.architecture.vocab_size), np.float32)
-        layers = [
-            (keys[first : first + len(rows)], values[first : first + len(rows)])
-            for keys, values in self.cache.layers
-        ]
-        call = _Call(self._session, layers, shape=(len(rows), longest), logits=logits, states=self._no_states)
+            logits = np.empty((shape.positions, self.architecture.vocab_size), np.float32)
+        end = first + shape.places
+        layers = [(keys[first:end], values[first:end]) for keys, values in self.cache.layers]
+        call = _Call(
+            self._session,
+            layers,
+            shape=(shape.places, shape.width),
+            logits=logits,
+            states=self._no_states,
+            num_rows=len(rows),
+            is_decode=is_decode,
+        )
         is_drafting = len(rows) == 1 and longest <= _MAX_KEPT_TOKENS and longest in (num_logits, 2)
         if is_decode or is_drafting:
             if len(self._kept) == _MAX_KEPT_CALLS:
@@ -248,6 +278,9 @@ class Runtime:
 
 class _Call:
     """Bindings of inputs, outputs and caches for `shape` = (B, S) tokens.
+
+    Of the B rows those behind the first `num_rows` have no tokens: nothing is read or written there. Logits
+    behind those that were asked for are of any position.
 
     Attributes:
         logits: (M, V), or None where the model has no head.
@@ -262,29 +295,33 @@ class _Call:
         shape: tuple[int, int],
         logits: Float32 | None,
         states: Float32,
+        num_rows: int | None = None,
+        is_decode: bool = False,
     ) -> None:
-        num_rows, longest = shape
+        num_places = shape[0]
+        num_rows = num_places if num_rows is None else num_rows
         self.input_ids = np.zeros(shape, np.int64)
-        self.last_positions = np.zeros(num_rows, np.int32)
+        self.last_positions = np.zeros(num_places, np.int32)
         self.longest = np.zeros((), np.int32)
-        self.query_lengths = np.ones(num_rows, np.int32)
+        self.query_lengths = np.ones(num_places, np.int32)
+        self.query_lengths[num_rows:] = 0
         self.state_positions = np.zeros(len(states), np.int64)
         self.logit_positions = np.zeros(0 if logits is None else len(logits), np.int64)
         self.logits = logits
-        self.is_decode = longest == 1 and len(self.logit_positions) == num_rows and not len(states)
-        if self.is_decode:
-            self.logit_positions[:] = range(num_rows)
+        self.is_decode = is_decode
+        if is_decode:
+            self.logit_positions[:num_rows] = range(num_rows)
         self.binding = session.io_binding()
         inputs = ["input_ids", "last_positions", "longest", "query_lengths", "state_positions"]
         if logits is not None:
             inputs.append("logit_positions")
-            self.binding.bind_ortvalue_output("logits", _value(logits))
-        self.binding.bind_ortvalue_output("states", _value(states))
+            self.binding.bind_ortvalue_output("logits", shared_value(logits))
+        self.binding.bind_ortvalue_output("states", shared_value(states))
         for name in inputs:
-            self.binding.bind_ortvalue_input(name, _value(getattr(self, name)))
+            self.binding.bind_ortvalue_input(name, shared_value(getattr(self, name)))
         for index, layer in enumerate(layers):
             for name, array in zip(("key", "value"), layer, strict=True):
-                value = _value(array)
+                value = shared_value(array)
                 self.binding.bind_ortvalue_input(f"past_{name}.{index}", value)
                 self.binding.bind_ortvalue_output(f"present_{name}.{index}", value)
 
@@ -318,10 +355,11 @@ class _Call:
     def _fill(self, token_ids: Sequence[Sequence[int]], num_past: ArrayLike) -> None:
         for i, ids in enumerate(token_ids):
             self.input_ids[i, : len(ids)] = ids
-        self.query_lengths[:] = [len(ids) for ids in token_ids]
-        np.add(num_past, self.query_lengths, out=self.last_positions, casting="unsafe")
-        self.longest[...] = max(int(self.last_positions.max()), self.input_ids.shape[1])
-        self.last_positions -= 1
+        lengths, ends = self.query_lengths[: len(token_ids)], self.last_positions[: len(token_ids)]
+        lengths[:] = [len(ids) for ids in token_ids]
+        np.add(num_past, lengths, out=ends, casting="unsafe")
+        self.longest[...] = max(int(ends.max()), self.input_ids.shape[1])
+        ends -= 1
 
 
 class _SelectiveCall(_Call):
@@ -358,9 +396,9 @@ class _SelectiveCall(_Call):
             f"past_value.{index}": past[1],
         }
         for name, array in inputs.items():
-            self.binding.bind_ortvalue_input(name, _value(array))
+            self.binding.bind_ortvalue_input(name, shared_value(array))
         for name, array in zip(("key", "value"), self._new, strict=True):
-            self.binding.bind_ortvalue_output(f"present_{name}.{index}", _value(array))
+            self.binding.bind_ortvalue_output(f"present_{name}.{index}", shared_value(array))
         self._fill(piece.token_ids, self._num_past)
         num_logits = len(piece.logit_positions)
         self.state_positions[:] = selection.found[num_logits:]
@@ -370,52 +408,3 @@ class _SelectiveCall(_Call):
     def keep(self) -> None:
         """Writes the last layer's new keys and values behind the past ones, once they are computed."""
         append(self._last, self._new, self._num_past)
-
-
-def _value(array: NDArray[Any]) -> onnxruntime.OrtValue:
-    """The array's own memory as a runtime value."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-
-
-def _session(
-    graph: bytes,
-    names: list[str],
-    arrays: list[NDArray[Any]],
-    *,
-    threads: int,
-    providers: Sequence[str],
-) -> onnxruntime.InferenceSession:
-    missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
-    if missing:
-        raise InputError(
-            f"execution provider {missing[0]} is not in this build of ONNX Runtime; "
-            f"available: {', '.join(onnxruntime.get_available_providers())}"
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # The graph is built fused; the extended optimizations would only undo what was measured to be faster.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
-    # Threads spin from one call to the next, which sampling does not delay for longer than this, and then
-    # sleep: an idle session takes no processor. By default they would spin for about 40 ms.
-    options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
-    options.add_external_initializers(names, [_value(array) for array in arrays])
-    try:
-        # Without the fallback, which prints a notice to standard output and goes on with the CPU.
-        session = onnxruntime.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
-    except Exception as error:  # each provider has exceptions of its own
-        if set(providers) <= {CPU_PROVIDER}:
-            raise
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"the model cannot be run with the execution providers {', '.join(providers)}: {first_line}; "
-            f"correct their installation, or use {CPU_PROVIDER}"
-        ) from error
-    unused = [name for name in providers if name not in session.get_providers()]
-    if unused:
-        raise InputError(
-            f"execution provider {unused[0]} is in this build of ONNX Runtime but cannot be started, for "
-            f"instance because its device or its libraries are missing; put that right, or use {CPU_PROVIDER}"
-        )
-    return session

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from modernbert_decoder.engine.batch_invariance import chunk_end
 from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.prefix_cache import PrefixCache
 from modernbert_decoder.engine.request import Request
@@ -108,6 +109,20 @@ class Scheduler:
         return decoding + sum(
             (1 + self._num_kept(request)) * self._most_bytes(request) for request in tuple(self._prefilling)
         )
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a completion does not depend, to the last bit, on what is computed beside or before it."""
+        return self._runtime.is_batch_invariant
+
+    @is_batch_invariant.setter
+    def is_batch_invariant(self, value: bool) -> None:
+        if value == self._runtime.is_batch_invariant:
+            return
+        self._runtime.is_batch_invariant = value
+        if self.prefix_cache is not None:
+            self.prefix_cache.is_batch_invariant = value
+            self.prefix_cache.clear()  # what it holds was computed otherwise
 
     def check(self, requests: Sequence[Request]) -> None:
         """Refuses the completions of a prompt if they could never be admitted.
@@ -242,6 +257,8 @@ class Scheduler:
             end = min(request.num_prefilled + min(budget, most), len(request.prompt_ids))
             if self.prefix_cache is not None:
                 end = self.prefix_cache.chunk_end(request, end)
+            if self.is_batch_invariant:
+                end = chunk_end(request.num_prefilled, end, len(request.prompt_ids))
             row.token_ids = request.prompt_ids[request.num_prefilled : end]
             row.num_logits = int(end == len(request.prompt_ids))
             chosen.append((request, row))
