@@ -15,7 +15,7 @@ TRANSFORMERS := 4.57 5.16
 SOURCES := $(shell find src -type f -not -name '*.pyc')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-transformers lint format bench bench-pytorch wheel lowest hooks clean base-environment
+.PHONY: help demo test test-transformers lint format bench bench-pytorch bench-training wheel lowest hooks clean base-environment
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: $(BENCH)/.package  ## the benchmarks, peers included (builds llama.cpp: n
 
 bench-pytorch: $(BENCH)/.requirements  ## the PyTorch classes against transformers' (BENCH_ARGS="--quick")
 	$(BENCH)/bin/python -m benchmarks.wing $(BENCH_ARGS)
+
+bench-training: $(BENCH)/.requirements  ## training against upstream's class in the same Trainer (BENCH_ARGS="--quick")
+	$(BENCH)/bin/python -m benchmarks.training $(BENCH_ARGS)
 
 wheel: $(DEV)/.package  ## build/dist/*.whl
 	rm -rf build/dist

@@ -56,10 +56,9 @@ class TorchWorker:
         return {"versions": versions}
 
     def release(self) -> Mapping[str, Any]:
-        """Gives memory that the C library holds for later back to the system, where it can (glibc)."""
+        """Gives free memory back to the system."""
         gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        return {"is_released": trim is not None and bool(trim(0))}
+        return {"is_released": give_memory_back()}
 
     def train(self, *, lengths: list[int], is_packed: bool, skips_logits: bool) -> Mapping[str, Any]:
         """One step; the check is its loss."""
@@ -167,6 +166,12 @@ def measured(run: Callable[[], float], *, repeats: int = 1) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
     growth = max(0, peak_memory_bytes() - before)
     return {"seconds": statistics.median(seconds), "check": check, "growth_bytes": growth}
+
+
+def give_memory_back() -> bool:
+    """Makes the C library release what it holds for later, where it can (glibc); whether it did."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and bool(trim(0))
 
 
 def resident_bytes() -> int:

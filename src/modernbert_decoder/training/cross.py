@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from modernbert_decoder.architecture import RELEASED_SIZES, DecoderArchitecture
@@ -28,6 +29,7 @@ from modernbert_decoder.training.curve import curve_table, draw_curve
 from modernbert_decoder.training.errors import RecipeError
 from modernbert_decoder.training.masked_encoder import MaskedNextTokenEncoder, plain_encoder
 from modernbert_decoder.training.masking import MaskedStepBatches, Masking
+from modernbert_decoder.training.precision import has_accelerator
 from modernbert_decoder.training.pretraining import PretrainingRun, RunResult, pretrain
 from modernbert_decoder.training.progress import Write
 from modernbert_decoder.training.recipe import Recipe
@@ -73,7 +75,11 @@ def cross(
     """
     out = Path(os.path.abspath(out.expanduser()))  # the recipe names a folder in it
     source = find_checkpoint(model, revision=revision)
-    start = _start(source, out, to=to, mask_share=mask_share)
+    processes = PartialState(cpu=not has_accelerator())
+    if processes.is_main_process:
+        _prepare(source, out, to=to, mask_share=mask_share)
+    processes.wait_for_everyone()
+    start = out / _START
     changes = list(changes)
     architecture = _architecture(start, to)
     read = read_recipe(recipe, changes=[*_own_changes(recipe, start, architecture, changes, to=to), *changes])
@@ -84,8 +90,8 @@ def cross(
     return pretrain(read, out, write=write, shows_bar=shows_bar, run_type=run_type)
 
 
-def _start(source: Path, out: Path, *, to: Objective, mask_share: float) -> Path:
-    """The converted model, which a run that is continued finds in its folder.
+def _prepare(source: Path, out: Path, *, to: Objective, mask_share: float) -> None:
+    """Puts the converted model into the folder of the run, which finds it there when it is continued.
 
     Raises:
         InputError: the folder is another run's.
@@ -110,7 +116,6 @@ def _start(source: Path, out: Path, *, to: Objective, mask_share: float) -> Path
         convert_checkpoint(source, start, to=wanted)
     with new_file(path) as file:
         file.write((json.dumps(identity, indent=2) + "\n").encode())
-    return start
 
 
 def _architecture(folder: Path, to: Objective) -> DecoderArchitecture:

@@ -7,42 +7,58 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from safetensors import SafetensorError
 
 from modernbert_decoder.atomic_files import WritingError
 from modernbert_decoder.errors import UserError
-from modernbert_decoder.training.checkpoints import CheckpointWriter, all_checkpoints
+from modernbert_decoder.training.checkpoints import all_checkpoints
 from modernbert_decoder.training.errors import TrainingError
 
 _DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Writer(Protocol):
+    """What writes checkpoints."""
+
+    @property
+    def saving_step(self) -> int | None:
+        """The step whose checkpoint is being written; None in between."""
+
+
 @contextmanager
-def disk_errors_explained(writer: CheckpointWriter, out: Path) -> Iterator[None]:
-    """Turns what writing raises into one message that names the last good checkpoint."""
+def disk_errors_explained(
+    writer: Writer, out: Path, *, checkpoints: Callable[[Path], Sequence[Path]] = all_checkpoints
+) -> Iterator[None]:
+    """Turns what writing raises into one message that names the last good checkpoint.
+
+    Args:
+        writer: tells whether a checkpoint is being written.
+        out: the folder of the run.
+        checkpoints: the whole ones of a run, the newest last.
+    """
     try:
         yield
     except WritingError as error:
-        raise TrainingError(_disk_message(writer.saving_step, error.reason, out)) from error
+        raise TrainingError(_disk_message(writer, error.reason, out, checkpoints(out))) from error
     except UserError:
         raise
     except SafetensorError as error:  # of writing: nothing else in the loop uses that library
-        raise TrainingError(_disk_message(writer.saving_step, error, out)) from error
+        raise TrainingError(_disk_message(writer, error, out, checkpoints(out))) from error
     except (OSError, RuntimeError) as error:
         is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
         if writer.saving_step is None and not is_disk:
             raise
-        raise TrainingError(_disk_message(writer.saving_step, error, out)) from error
+        raise TrainingError(_disk_message(writer, error, out, checkpoints(out))) from error
 
 
-def _disk_message(step: int | None, error: Exception, out: Path) -> str:
+def _disk_message(writer: Writer, error: Exception, out: Path, found: Sequence[Path]) -> str:
+    step = writer.saving_step
     what = "a file of the run" if step is None else f"the checkpoint of step {step:,}"
-    found = all_checkpoints(out)
     last = f"the last whole checkpoint is {found[-1]}" if found else "there is no earlier checkpoint"
     free = os.statvfs(out)
     reason = str(error).splitlines()[0]

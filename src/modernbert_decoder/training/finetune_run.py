@@ -6,13 +6,12 @@ result. What is learned is laid out in `finetune.py`; knows no labels.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -27,8 +26,10 @@ from transformers import (
     set_seed,
 )
 
+from modernbert_decoder.atomic_files import new_file
 from modernbert_decoder.errors import CheckpointError, InputError
 from modernbert_decoder.training.adapters import ADAPTER_FOLDER, LoraSettings, save_adapter
+from modernbert_decoder.training.disk_errors import disk_errors_explained
 from modernbert_decoder.training.errors import TrainingError
 from modernbert_decoder.training.finetune_trainer import FinetuneTrainer, Learning
 from modernbert_decoder.training.precision import uses_bfloat16
@@ -149,6 +150,8 @@ class FinetunePlan:
 def run(plan: FinetunePlan, out: Path, *, callbacks: Sequence[TrainerCallback] = ()) -> Outcome:
     """Trains, or goes on where a run of the same options stopped, and leaves the model in `out`.
 
+    Several processes, replicas or shards, each compute their part of a step; all of them come here.
+
     Args:
         plan: what to do.
         out: a new or empty folder, or one in which this run was begun.
@@ -156,29 +159,35 @@ def run(plan: FinetunePlan, out: Path, *, callbacks: Sequence[TrainerCallback] =
 
     Raises:
         InputError: the folder holds something else.
-        TrainingError: the loss is no number, or the disk is full.
+        TrainingError: the loss is no number, the disk is full, or the run was begun by other processes.
     """
     out = Path(os.path.abspath(out.expanduser()))
+    arguments = _arguments(plan, out / _CHECKPOINTS)  # before all else: with it, processes find each other
     identity = json.loads(json.dumps({**plan.identity, "settings": asdict(plan.settings)}))
     if (finished := _finished(out, identity)) is not None:
         return Outcome(out, finished, is_new=False)
     with PartialState().main_process_first():
         _claim(out, identity)
+        checkpoint = _last_whole(out)
     set_seed(plan.settings.seed)
     model = plan.build()
     if plan.settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    arguments = _arguments(plan, out / _CHECKPOINTS)
     own: list[TrainerCallback] = list(callbacks)
     if plan.settings.patience is not None:
         own.append(EarlyStoppingCallback(early_stopping_patience=plan.settings.patience))
     trainer = FinetuneTrainer(model, arguments, learning=plan.learning, callbacks=own)
     trainer.remove_callback(PrinterCallback)
-    with _disk_errors(out):
-        trainer.train(resume_from_checkpoint=_last_whole(out / _CHECKPOINTS))
+    if checkpoint is not None:
+        _check_processes(checkpoint, trainer)
+    with disk_errors_explained(trainer, out, checkpoints=_whole_checkpoints), warnings.catch_warnings():
+        # PyTorch's advice to those who change activations in place, which no layer does.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         report = dict(plan.report(trainer))
+        whole = _whole_model(plan, trainer)
         if trainer.is_world_process_zero():
-            _leave(plan, trainer, out, report)
+            _leave(plan, whole, out, report)
     trainer.accelerator.wait_for_everyone()
     return Outcome(out, report, is_new=True)
 
@@ -268,32 +277,84 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> None:
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    (out / _OPTIONS).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    with new_file(out / _OPTIONS) as file:
+        file.write((json.dumps(identity, indent=2) + "\n").encode())
 
 
-def _last_whole(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; those that were not are removed.
+def _whole_checkpoints(out: Path) -> list[Path]:
+    """The checkpoints that were written to their end, the newest last.
 
     The library writes `trainer_state.json` last.
     """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.split("-")[1])):
+    found = []
+    for path in _checkpoints(out):
         try:
             json.loads((path / _STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            shutil.rmtree(path)
             continue
-        return str(path)
-    return None
+        found.append(path)
+    return found
 
 
-def _leave(plan: FinetunePlan, trainer: FinetuneTrainer, out: Path, report: Mapping[str, Any]) -> None:
+def _checkpoints(out: Path) -> list[Path]:
+    found = (out / _CHECKPOINTS).glob("checkpoint-*")
+    named = [path for path in found if path.name.split("-")[1].isdigit()]
+    return sorted(named, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _last_whole(out: Path) -> Path | None:
+    """The newest whole checkpoint, if there is one; what is newer is removed."""
+    whole = _whole_checkpoints(out)
+    newest = whole[-1] if whole else None
+    for path in reversed(_checkpoints(out)):
+        if path == newest:
+            break
+        shutil.rmtree(path)
+    return newest
+
+
+def _check_processes(checkpoint: Path, trainer: FinetuneTrainer) -> None:
+    """Refuses processes other than those that wrote a checkpoint: rows, random states and shards are theirs.
+
+    Raises:
+        TrainingError: says how many they were.
+    """
+    number = len(list(checkpoint.glob("rng_state*.pth")))
+    written = (number, not (checkpoint / "optimizer.pt").is_file())
+    here = (trainer.args.world_size, trainer.is_fsdp_enabled)
+    if written != here:
+        then, now = (_processes_text(*each) for each in (written, here))
+        raise TrainingError(
+            f"{checkpoint} was written by {then}, and this is {now}; start it with the same launcher "
+            "settings, or choose another folder"
+        )
+
+
+def _processes_text(number: int, is_sharded: bool) -> str:
+    several = "1 process" if number == 1 else f"{number} processes"
+    return f"{several}, sharded (FSDP)" if is_sharded else several
+
+
+def _whole_model(plan: FinetunePlan, trainer: FinetuneTrainer) -> Any:
+    """The trained model. Of a sharded one, for which all processes come here, the first gets a copy."""
+    if not trainer.is_fsdp_enabled:
+        return trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return None
+    model = plan.build()
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys, result.unexpected_keys
+    assert all(name.endswith("decoder.weight") for name in result.missing_keys), result.missing_keys
+    return model
+
+
+def _leave(plan: FinetunePlan, model: Any, out: Path, report: Mapping[str, Any]) -> None:
     """Writes the model, the adapter and what is said about them; `config.json` comes last.
 
     Raises:
         TrainingError: the last step left weights that are not finite.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise TrainingError(
@@ -325,18 +386,3 @@ def _leave(plan: FinetunePlan, trainer: FinetuneTrainer, out: Path, report: Mapp
         os.replace(path, out / path.name)
     staged.rmdir()
     shutil.rmtree(out / _CHECKPOINTS, ignore_errors=True)
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """A full disk becomes a message that says so."""
-    try:
-        yield
-    except Exception as error:
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or "No space left on device" in str(error):  # libraries have errors of their own for it
-            raise TrainingError(
-                f"the disk of {out} is full; free some space and start the same command again: it goes on "
-                "from the last checkpoint"
-            ) from error
-        raise

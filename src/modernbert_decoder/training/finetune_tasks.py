@@ -28,6 +28,7 @@ from modernbert_decoder.training.finetune_trainer import (
     padding_mask,
     weighted_loss,
 )
+from modernbert_decoder.training.sharding import is_sharded
 from modernbert_decoder.training.text_data import Example
 
 # A confusion matrix of more labels than this is left to the list of most confused pairs.
@@ -144,8 +145,14 @@ class TextTask:
         }
 
     def loss(self, model: nn.Module, batch: Batch, num_items: NumItems) -> Tensor:
-        """The loss of a batch, computed without holding its logits."""
-        loss: Tensor = model(**batch, num_items_in_batch=num_items, skip_logits=True, use_cache=False).loss
+        """The loss of a batch, computed without holding its logits.
+
+        That reads a weight without calling its layer, for which sharding gathers nothing; there they are
+        held.
+        """
+        loss: Tensor = model(
+            **batch, num_items_in_batch=num_items, skip_logits=not is_sharded(model), use_cache=False
+        ).loss
         return loss
 
     def metrics(self, model: nn.Module) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modernbert_decoder.pytorch.losses import IGNORED, NumItems, ProblemType, classification_loss
 from modernbert_decoder.training.errors import TrainingError
+from modernbert_decoder.training.sharding import check_sharding, shard_on_cpu
 
 # Rows that are sorted by length at a time, in batches: more save padding, fewer keep the order more random.
 _BATCHES_SORTED: Final = 50
@@ -84,7 +86,11 @@ class LengthSampler(Sampler[int]):
 
 
 class FinetuneTrainer(Trainer):
-    """Trains what a `Learning` says."""
+    """Trains what a `Learning` says.
+
+    Attributes:
+        saving_step: the step whose checkpoint is being written; None in between.
+    """
 
     def __init__(
         self,
@@ -102,7 +108,28 @@ class FinetuneTrainer(Trainer):
             data_collator=learning.collate,
             callbacks=callbacks,
         )
+        self.saving_step: int | None = None
         self._learning = learning
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The library's, and FSDP2 on CPUs where the launcher asks for it."""
+        check_sharding(self.args.device.type)
+        super().create_accelerator_and_postprocess()
+        if shard_on_cpu(self.accelerator):
+            self.is_fsdp_enabled = True
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.saving_step = self.state.global_step
+        # The library looks for it before shards are written, and processes that found it or not would part.
+        assert self.args.output_dir is not None
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
+        self.saving_step = None
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the file that makes a checkpoint whole comes after everybody's
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size

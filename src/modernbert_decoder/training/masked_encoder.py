@@ -19,6 +19,11 @@ from modernbert_decoder.pytorch.losses import NumItems, causal_lm_loss, fused_ca
 class MaskedNextTokenEncoder(ModernBertForMaskedLM):  # type: ignore[no-untyped-call]
     """The library's encoder; the head at each position tells the token that follows it."""
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # Units of shards: not the embeddings, whose matrix is the decoder's as well.
+        self._no_split_modules = ["ModernBertEncoderLayer"]
+
     def forward(
         self,
         input_ids: Tensor,

@@ -9,11 +9,29 @@ import os
 
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from modernbert_decoder.errors import InputError
 
 
 def asks_for_sharding() -> bool:
     """Whether the launcher asked for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_sharding(device_type: str) -> None:
+    """Refuses what accelerate would fail at while it starts.
+
+    Raises:
+        InputError: the launcher asks for the first FSDP, and there are only CPUs.
+    """
+    version = os.environ.get("FSDP_VERSION", "1")  # as accelerate takes it
+    if asks_for_sharding() and device_type == "cpu" and version != "2":
+        raise InputError(
+            f"the launcher asks for FSDP version {version}, which shards on accelerators only; launch with "
+            "`--fsdp_version 2`"
+        )
 
 
 def shard_on_cpu(accelerator: Accelerator) -> bool:
@@ -32,3 +50,8 @@ def shard_on_cpu(accelerator: Accelerator) -> bool:
     state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     return True
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether several processes hold a model's weights together."""
+    return isinstance(model, FSDPModule)

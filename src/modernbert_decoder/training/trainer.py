@@ -28,7 +28,7 @@ from modernbert_decoder.training.held_out import HeldOutTexts
 from modernbert_decoder.training.optimizer import OptimizerSettings, parameter_groups, stable_adamw
 from modernbert_decoder.training.plan import Plan
 from modernbert_decoder.training.sequences import Cursor
-from modernbert_decoder.training.sharding import shard_on_cpu
+from modernbert_decoder.training.sharding import check_sharding, shard_on_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ class PretrainingTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """The library's, and FSDP2 on CPUs where the launcher asks for it."""
+        check_sharding(self.args.device.type)
         super().create_accelerator_and_postprocess()
         if shard_on_cpu(self.accelerator):
             self.is_fsdp_enabled = True
