@@ -32,6 +32,6 @@ def cache_table(sizes: Iterable[str]) -> list[CacheBytes]:
     for size in sizes:
         architecture = released_architecture(size)
         cache = KVCache(architecture, num_slots=1, capacity=LENGTH)
-        buffers = sum(array.nbytes for layer in cache.layers for array in layer)
+        buffers = sum(array[:1].nbytes for layer in cache.layers for array in layer)  # of the slot
         table.append(CacheBytes(size, LENGTH, buffers, architecture.naive_kv_cache_bytes(LENGTH)))
     return table

@@ -113,7 +113,7 @@ def test_graphs_that_round_otherwise_stay_close(
         (graphs.SplitAttentionInput, "MatMulNBits", 3 * (3 + 3) + 2),
         (graphs.SplitFeedForwardInput, "Split", 0),
         (graphs.FusedNorms, "SkipLayerNormalization", 2 * 3 - 1),
-        (graphs.PackedTokens, "Gather", 2 * 3 + 2),
+        (graphs.PackedTokens, "Gather", 2 * 3 + 2 + 2),
         (graphs.PerChannel, "MatMulNBits", 0),
         (graphs.PerChannelInteger, "MatMulInteger", 3 * 4 + 2),
         (heads.GreedyInGraph, "ArgMax", 1),

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import modernbert_decoder
-from modernbert_decoder import LLM, InputError, ModelNotFoundError, pipeline
+from adapter_files import write_adapter
+from modernbert_decoder import LLM, InputError, ModelNotFoundError, SamplingParams, pipeline
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.pipelines import factory, torch_pipeline
 from modernbert_decoder.pipelines.engine_pipeline import EnginePipeline
@@ -153,6 +154,34 @@ def test_a_packed_folder_keeps_its_format(tmp_path: Path) -> None:
     assert main(["quantize", "--dtype", "int4", "--quiet", "storyteller", str(folder)]) == 0
     with engine_pipeline("text-generation", folder) as run:
         assert run.model.scheme.name.startswith("int4")
+
+
+def test_an_adapter_is_merged_with_the_model(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    base = folders["language model"]
+    adapter = write_adapter(tmp_path / "adapter", base, seed=1, scale=2.0)
+    with (
+        engine_pipeline(None, base, adapter=adapter) as run,
+        LLM(base, dtype="float32", adapter=adapter) as llm,
+        LLM(base, dtype="float32") as plain,
+    ):
+        assert run.task == "text-generation"
+        (record,) = run("The fox", max_new_tokens=12, do_sample=False, return_full_text=False)
+        params = SamplingParams(max_tokens=12, temperature=0)
+        texts = [each.generate("The fox", params)[0].outputs[0].text for each in (llm, plain)]
+    assert record["generated_text"] == texts[0]
+    assert texts[0] != texts[1]
+
+
+def test_an_adapter_that_is_not_there_is_named(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"adapter_config\.json"):
+        pipeline(None, folders["language model"], adapter=tmp_path)
+
+
+def test_the_pytorch_wing_and_open_models_take_no_adapter(tmp_path: Path, story_llm: LLM) -> None:
+    with pytest.raises(InputError, match="load the model with peft"):
+        pipeline("text-generation", "storyteller", engine="torch", adapter=tmp_path)
+    with pytest.raises(InputError, match="adapter and model_kwargs are decided"):
+        pipeline("text-generation", story_llm, adapter=tmp_path)
 
 
 def test_model_kwargs_reach_the_model(folders: Mapping[str, Path]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +256,78 @@ def test_names_of_special_tokens_can_be_encoded_as_text(tiny: LLM, storyteller: 
             assert tokenizer.special_token_ids.isdisjoint(ids)
             assert tokenizer.decode(ids) == text
         assert tokenizer.encode("[SEP]")[1:] == [tokenizer.sep_token_id]
+
+
+def counting(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[StructuredOutput]:
+    """What is compiled from now on."""
+    compiled = []
+    compile_one = llm._constraints._compile
+
+    def noting(structured: StructuredOutput) -> Any:
+        compiled.append(structured)
+        return compile_one(structured)
+
+    monkeypatch.setattr(llm._constraints, "_compile", noting)
+    return compiled
+
+
+def test_what_is_held_is_not_compiled_again_whatever_else_was(
+    tiny: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = counting(tiny, monkeypatch)
+    first = StructuredOutput(choice=["held"])
+    held = tiny.check_structured(first)
+    for number in range(100):
+        tiny.check_structured(StructuredOutput(choice=[f"another {number}"]))
+    assert texts(tiny, first) == ["held"]
+    assert compiled.count(first) == 1
+    del held
+    tiny.check_structured(StructuredOutput(choice=["the last of them"]))
+    for number in range(100):
+        tiny.check_structured(StructuredOutput(choice=[f"another {number}"]))
+    assert len(tiny._constraints._held) <= 64
+    tiny.check_structured(first)
+    assert compiled.count(first) == 2
+
+
+def test_a_slow_constraint_holds_no_other_up(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_slow, may_go_on = threading.Event(), threading.Event()
+    compile_one = tiny._constraints._compile
+
+    def held_up(structured: StructuredOutput) -> Any:
+        if structured.choice == ("slow",):
+            is_slow.set()
+            assert may_go_on.wait(60)
+        return compile_one(structured)
+
+    monkeypatch.setattr(tiny._constraints, "_compile", held_up)
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(tiny.check_structured, StructuredOutput(choice=["slow"]))
+        assert is_slow.wait(60)
+        pool.submit(tiny.check_structured, StructuredOutput(choice=["quick"])).result(60)
+        assert not slow.done()
+        may_go_on.set()
+        slow.result(60)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"regex": "(a" * 30_000},
+        {"grammar": "start: missing " + "x " * 30_000},
+        {"json": {"$ref": "#/" + "a" * 60_000}},
+        {"choice": ["a" * 60_000, ""]},
+        {"regex": ["a" * 60_000]},
+    ],
+    ids=lambda wanted: next(iter(wanted)),
+)
+def test_an_error_is_told_without_the_whole_constraint(tiny: LLM, wanted: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as error:
+        tiny.check_structured(StructuredOutput(**wanted))
+    assert len(str(error.value)) < 1_000
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_wrong_with_an_expression_is_told(tiny: LLM) -> None:
+    with pytest.raises(InputError, match="unclosed group"):
+        tiny.check_structured(StructuredOutput(regex="(" * 2))

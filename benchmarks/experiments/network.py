@@ -118,7 +118,7 @@ class Network:
         self._options = onnxruntime.RunOptions()
         self._options.only_execute_path_to_fetches = settings.only_path_to_fetches
         self._caches = {
-            f"{name}.{i}": array
+            f"{name}.{i}": array[:1]  # without the spare place
             for i, layer in enumerate(self._cache.layers)
             for name, array in zip(("key", "value"), layer, strict=True)
         }
@@ -201,7 +201,8 @@ class _Call:
             "last_positions": np.zeros(1, np.int32),
             "longest": np.zeros((), np.int32),
             "query_lengths": np.full(1, count, np.int32),
-            "logit_positions": np.full(1, count - 1, np.int64),
+            "kept_positions": np.full(1, count - 1, np.int64),
+            "logit_positions": np.zeros(1, np.int64),
             "state_positions": np.zeros(0, np.int64),
         }
         if "valid_tokens" in shapes:

@@ -6,7 +6,7 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from modernbert_decoder.engine.async_llm import AsyncLLM, EngineStats
+from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.serving.app import create_app
 from modernbert_decoder.serving.models import OpenModel, Registry
 from modernbert_decoder.serving.server import ApiServer
@@ -61,6 +62,7 @@ def running(
     *,
     open_model: OpenModel | None = None,
     is_awaited: bool = True,
+    when_ready: Callable[[], None] | None = None,
     **settings: Any,
 ) -> Iterator[RunningServer]:
     """Starts a server on a free port, and stops it at the end."""
@@ -68,7 +70,7 @@ def running(
         ServerSettings(models=sources, port=0, **{"grace": 5.0, **settings}), open_model=open_model
     )
     addresses: queue.Queue[tuple[str, int]] = queue.Queue()
-    api = ApiServer(app, announce=lambda host, port: addresses.put((host, port)))
+    api = ApiServer(app, announce=lambda host, port: addresses.put((host, port)), when_ready=when_ready)
     thread = threading.Thread(target=api.run)
     thread.start()
     try:
@@ -89,6 +91,38 @@ def _wait_until_ready(server: RunningServer) -> None:
             return
         assert server.api.failure is None, server.api.failure
     raise AssertionError("the server did not become ready")
+
+
+class Gate:
+    """Lets the calls of a runtime through, or holds them; or makes one of them fail.
+
+    Args:
+        llm: whose runtime it is.
+        method: "step" for completions, "read" for texts that are only read.
+    """
+
+    def __init__(self, llm: LLM, method: str = "step") -> None:
+        self._call = getattr(llm._runtime, method)
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.error: Exception | None = None
+        setattr(llm._runtime, method, self)
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        assert self.is_open.wait(WAIT_SECONDS)
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+        return self._call(*arguments, **settings)
+
+
+def until(condition: Callable[[], bool], server: RunningServer) -> None:
+    """Asks again and again, a bounded number of times."""
+    for _ in range(20_000):
+        if condition():
+            return
+        server.get("/health")
+    raise AssertionError("it never came true")
 
 
 def events(response: httpx.Response) -> list[Any]:

@@ -48,7 +48,7 @@ def test_a_stream_put_together_is_the_whole_answer(client: openai.OpenAI) -> Non
     stream = client.completions.create(**settings, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == whole.choices[0].text
-    assert len(chunks) > 10
+    assert len(chunks) > 3  # how many depends on how soon the client reads
     assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage

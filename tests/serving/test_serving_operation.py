@@ -277,6 +277,10 @@ def test_no_text_of_a_prompt_or_completion_is_ever_logged(
         server.post(path, {"model": "tiny", "input": secret})
     server.post("/v1/rank", {"model": "tiny", "text": secret, "candidates": [secret]})
     server.post("/tokenize", {"prompt": secret})
+    server.get("/health", headers={"X-Forwarded-For": secret, "Host": secret})
+    server.get(
+        "/health", headers={"X-Forwarded-For": f"::1%{secret}", "Referer": secret, "User-Agent": secret}
+    )
     server.post("/v1/chat/completions", {"model": "chat", "messages": [{"role": secret, "content": secret}]})
 
     def broken(prompt: Any, *_: Any, **__: Any) -> None:
@@ -379,6 +383,20 @@ def test_several_dtypes_of_one_model_are_served_side_by_side() -> None:
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+def test_options_reach_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[ServerSettings] = []
+    monkeypatch.setattr("modernbert_decoder.serving.server.run", given.append)
+    arguments = ["a=storyteller:int4", "b=storyteller", "--adapter", "c=b=folder", "--step-timeout", "7"]
+    arguments += ["--allowed-host", "one.example", "--allowed-host", "two.example", "--kv-memory", "3MB"]
+    done = CliRunner().invoke(command, [*arguments, "--draft", "lookup"], catch_exceptions=False)
+    assert done.exit_code == 0
+    (settings,) = given
+    assert settings.models == parse_models(["a=storyteller:int4", "b=storyteller"], ["c=b=folder"])
+    assert settings.allowed_hosts == ("one.example", "two.example")
+    assert settings.step_timeout == 7
+    assert (settings.engine.kv_bytes, settings.engine.draft) == (3_000_000, "lookup")
 
 
 def test_the_help_fits_a_screen() -> None:

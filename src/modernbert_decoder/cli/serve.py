@@ -40,6 +40,13 @@ def size(text: str) -> int:
 
 @click.command("serve", short_help="Answer OpenAI's clients over HTTP.", epilog=_EXAMPLES)
 @click.argument("models", nargs=-1, required=True, metavar="[NAME=]MODEL[:DTYPE]...")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="The model with a LoRA adapter, too; repeatable.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), metavar="N", default=8000, show_default=True, help="0: any."
@@ -48,6 +55,13 @@ def size(text: str) -> int:
     "--api-key-file",
     type=click.Path(path_type=Path),
     help=f"Keys, one a line; {_KEY_VARIABLE} holds one, too.",
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Further name of the server; repeatable.",
 )
 @click.option("--cors-origin", "cors_origins", multiple=True, help="Web pages that may call; repeatable.")
 @click.option("--max-body", type=size, default="4MiB", show_default=True, help="Of a request.")
@@ -66,6 +80,14 @@ def size(text: str) -> int:
     default=600,
     show_default=True,
     help="For one request.",
+)
+@click.option(
+    "--step-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    default=60,
+    show_default=True,
+    help="/ready fails if a step takes longer.",
 )
 @click.option(
     "--grace",
@@ -99,6 +121,14 @@ def size(text: str) -> int:
     metavar="off|lookup|MODEL",
     help="Speculate: from the text so far, or by a smaller model.",
 )
+@click.option(
+    "--no-batch-invariant",
+    "batch_invariant",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Cheaper int8 and int4, whose answers depend a little on others.",
+)
 @threads_option
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
@@ -106,19 +136,23 @@ def size(text: str) -> int:
 def command(
     *,
     models: tuple[str, ...],
+    adapters: tuple[str, ...],
     host: str,
     port: int,
     api_key_file: Path | None,
+    allowed_hosts: tuple[str, ...],
     cors_origins: tuple[str, ...],
     max_body: int,
     max_waiting: int,
     timeout: float,
+    step_timeout: float,
     grace: float,
     max_slots: int | None,
     max_context: int | None,
     kv_memory: int | None,
     prefix_cache: int,
     draft: str,
+    batch_invariant: bool,
     threads: int | None,
     log_format: str,
 ) -> None:
@@ -132,13 +166,15 @@ def command(
         from modernbert_decoder.serving.settings import EngineSettings, ServerSettings, parse_models
 
     settings = ServerSettings(
-        models=parse_models(models),
+        models=parse_models(models, adapters),
         host=host,
         port=port,
         api_keys=_api_keys(api_key_file),
+        allowed_hosts=allowed_hosts,
         cors_origins=cors_origins,
         max_body=max_body,
         timeout=timeout,
+        step_timeout=step_timeout,
         grace=grace,
         log_format=log_format,
         engine=EngineSettings(
@@ -149,6 +185,7 @@ def command(
             kv_bytes=kv_memory,
             prefix_cache_bytes=prefix_cache,
             draft=draft,
+            batch_invariant=batch_invariant,
         ),
     )
     run(settings)

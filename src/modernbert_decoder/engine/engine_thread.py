@@ -82,6 +82,13 @@ class EngineThread:
         self._idle: list[Future[None]] = []
         self._ended_at: deque[float] = deque(maxlen=_ENDS_REMEMBERED)
         self._next_deadline = math.inf
+        self._turn_began: float | None = None  # which others read
+
+    @property
+    def turn_seconds(self) -> float:
+        """How long the turn that the thread takes now, a step or a piece of reading, has been running."""
+        began = self._turn_began
+        return 0.0 if began is None else monotonic() - began
 
     @property
     def num_waiting(self) -> int:
@@ -189,6 +196,7 @@ class EngineThread:
         """Works until there is nothing left to do; whatever fails, the thread goes on."""
         is_done = False
         while not is_done:
+            self._turn_began = monotonic()
             try:
                 self._turn()
                 is_done = self._is_done()
@@ -196,6 +204,7 @@ class EngineThread:
                 _LOGGER.exception("the engine failed and ends every request; it goes on with new ones")
                 with suppress(BaseException):  # readers have been told by then, and the next step may succeed
                     self._recover(error)
+        self._turn_began = None
 
     def _is_done(self) -> bool:
         if self._live or self._pieces:

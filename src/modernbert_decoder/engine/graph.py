@@ -4,8 +4,8 @@ Everything about the model comes from `DecoderArchitecture`, every weight format
 the weights themselves stay outside the graph and are handed to the session by name. This module knows nothing
 of sessions, slots or requests, and it is the only one that imports `onnx`.
 
-Legend: B rows, S new tokens per row (right-padded), M positions with logits, N with states, H heads, D head
-width, C model width, V vocabulary or labels, P cache capacity of a full layer, R of a sliding layer.
+Legend: B rows, S new tokens per row (right-padded), K kept positions, M with logits, N with states, H heads,
+D head width, C model width, V vocabulary or labels, P cache capacity of a full layer, R of a sliding layer.
 
 The rows of a call are dense (B, S) rather than packed: packing the valid tokens needs two gathers per layer,
 while the scheduler calls decode rows and prompt chunks separately (docs/design.md).
@@ -52,18 +52,20 @@ def build_graph(
 
     Inputs: `input_ids` (B, S) int64; `last_positions` (B,) int32, the total length after the call minus 1;
     `longest` () int32, the largest total length; `query_lengths` (B,) int32, valid tokens per row;
-    `logit_positions` (M,) and `state_positions` (N,) int64, indices into the B * S tokens; `past_key.i` and
+    `kept_positions` (K,) int64, indices into the B * S tokens, those of which the last layer is completed;
+    `logit_positions` (M,) and `state_positions` (N,) int64, indices into these K; `past_key.i` and
     `past_value.i`. Outputs: `logits` (M, V) of the vocabulary or the labels; `states` (N, C) after the final
     norm; `present_key.i`, `present_value.i`. M and N may be 0: what nobody asks for is not computed. The bare
     model has neither `logits` nor `logit_positions`.
 
     In a selective graph the last layer takes keys and values of all tokens, but everything else only of those
-    that are asked for, Q of each row. `logit_positions` and `state_positions` are then indices into these
-    B * Q. Further inputs: `selected` (B, Q) int64, indices into the B * S tokens; `positions` (B, S) and
-    `selected_positions` (B, Q) int64, places in their texts; `visible` (B, 1, Q, T + S), 0 where a key is
-    seen and minus infinity elsewhere; `num_keys`, T and S. `past_key.i` and `past_value.i` of the last layer
-    hold T positions, its `present_key.i` and `present_value.i` those of the new tokens alone, for the caller
-    to put behind the others. The weights are those of `selective.divided_projection`.
+    that are asked for, Q of each row. There are no `kept_positions`; `logit_positions` and `state_positions`
+    are indices into these B * Q. Further inputs: `selected` (B, Q) int64, indices into the B * S tokens;
+    `positions` (B, S) and `selected_positions` (B, Q) int64, places in their texts; `visible` (B, 1, Q,
+    T + S), 0 where a key is seen and minus infinity elsewhere; `num_keys`, T and S. `past_key.i` and
+    `past_value.i` of the last layer hold T positions, its `present_key.i` and `present_value.i` those of the
+    new tokens alone, for the caller to put behind the others. The weights are those of
+    `selective.divided_projection`.
 
     Args:
         architecture: of the model.
@@ -110,12 +112,13 @@ class _GraphBuilder:
         self._declare_inputs()
         x = self.embeddings()
         num_layers = self.architecture.num_hidden_layers
-        for index in range(num_layers - is_selective):
+        for index in range(num_layers - 1):
             x = self.layer(index, x)
         if is_selective:
             x = self.selective_layer(num_layers - 1, x)
-        # The positions are picked before the final norm and the head: other tokens never see either.
-        x = self.op("Reshape", [x, self.constant("token_rows", [-1, self.architecture.hidden_size])])
+            x = self.op("Reshape", [x, self.constant("token_rows", [-1, self.architecture.hidden_size])])
+        else:
+            x = self.last_layer(num_layers - 1, x)
         states = self.op("Gather", [x, "state_positions"])
         self.norm("model.final_norm", states, output="states")
         self.outputs.insert(0, _value("states", TensorProto.FLOAT, ["N", self.architecture.hidden_size]))
@@ -149,7 +152,20 @@ class _GraphBuilder:
         x = self.op("Add", [x, self.attention(index, h)])
         return self.op("Add", [x, self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))])
 
+    def last_layer(self, index: int, x: str) -> str:
+        """The residual stream (K, C) of the kept tokens: of others only keys and values are needed."""
+        name, width = f"model.layers.{index}", self.architecture.hidden_size
+        self.inputs.append(_value("kept_positions", TensorProto.INT64, ["K"]))
+        h = x if index == 0 else self.norm(f"{name}.attn_norm", x)
+        mixed = self.rows(self.attention_output(index, h), width, "kept_positions")
+        x = self.op("Add", [self.rows(x, width, "kept_positions"), self.linear(f"{name}.attn.Wo", mixed)])
+        return self.op("Add", [x, self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))])
+
     def attention(self, index: int, h: str) -> str:
+        """Attention (B, S, C), projected onto the residual stream."""
+        return self.linear(f"model.layers.{index}.attn.Wo", self.attention_output(index, h))
+
+    def attention_output(self, index: int, h: str) -> str:
         """Rotary attention over past and new tokens, with the cache updated in place."""
         kind = self.architecture.layer_kinds[index]
         is_sliding = kind is LayerKind.SLIDING
@@ -179,7 +195,7 @@ class _GraphBuilder:
             do_rotary=1,
             **(window if is_sliding else {}),
         )
-        return self.linear(f"{name}.Wo", output)
+        return output
 
     def selective_layer(self, index: int, x: str) -> str:
         """The residual stream (B, Q, C) of the selected tokens after a full layer."""
@@ -194,7 +210,7 @@ class _GraphBuilder:
             _value("num_keys", TensorProto.INT64, [2]),
         ]
         h = x if index == 0 else self.norm(f"{name}.attn_norm", x)
-        x = self.select(x, width)
+        x = self.rows(x, width, "selected")
         x = self.op("Add", [x, self.selective_attention(index, h)])
         return self.op("Add", [x, self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))])
 
@@ -202,7 +218,7 @@ class _GraphBuilder:
         """Attention (B, Q, C) of the selected tokens to those visible to them, from plain operators."""
         name, width = f"model.layers.{index}.attn", self.architecture.hidden_size
         self._divide_projection(name)
-        query = self.heads(self.linear(f"{name}.Wq", self.select(h, width)))
+        query = self.heads(self.linear(f"{name}.Wq", self.rows(h, width, "selected")))
         query = self.rotated(index, query, "selected_positions")
         new_key, new_value = self._new_keys_and_values(index, self.linear(f"{name}.Wkv", h))
         heads, head_width = self.architecture.num_attention_heads, self.architecture.head_dim
@@ -261,10 +277,10 @@ class _GraphBuilder:
         inputs = [x, positions, *self._rotary_tables(index)]
         return self.op("RotaryEmbedding", inputs, output=output, domain=_CONTRIB)
 
-    def select(self, x: str, width: int) -> str:
-        """Of (B, S, width) the selected rows, (B, Q, width)."""
+    def rows(self, x: str, width: int, positions: str) -> str:
+        """Of the B * S rows of (B, S, width) those at `positions`, (*positions, width)."""
         rows = self.op("Reshape", [x, self.constant("token_rows", [-1, width])])
-        return self.op("Gather", [rows, "selected"])
+        return self.op("Gather", [rows, positions])
 
     def _rotary_tables(self, index: int) -> list[str]:
         rotary = rotary_name(self.architecture, self.architecture.layer_kinds[index])

@@ -305,25 +305,40 @@ class _Call:
         self.longest = np.zeros((), np.int32)
         self.query_lengths = np.ones(num_places, np.int32)
         self.query_lengths[num_rows:] = 0
-        self.state_positions = np.zeros(len(states), np.int64)
-        self.logit_positions = np.zeros(0 if logits is None else len(logits), np.int64)
+        num_logits = 0 if logits is None else len(logits)
+        self.kept_positions = np.zeros(num_logits + len(states), np.int64)
+        self.logit_positions = self.kept_positions[:num_logits]
+        self.state_positions = self.kept_positions[num_logits:]
+        self._places = np.arange(len(self.kept_positions))  # bound, so they must live as long
         self.logits = logits
         self.is_decode = is_decode
         if is_decode:
             self.logit_positions[:num_rows] = range(num_rows)
         self.binding = session.io_binding()
-        inputs = ["input_ids", "last_positions", "longest", "query_lengths", "state_positions"]
-        if logits is not None:
-            inputs.append("logit_positions")
-            self.binding.bind_ortvalue_output("logits", shared_value(logits))
         self.binding.bind_ortvalue_output("states", shared_value(states))
-        for name in inputs:
-            self.binding.bind_ortvalue_input(name, shared_value(getattr(self, name)))
+        if logits is not None:
+            self.binding.bind_ortvalue_output("logits", shared_value(logits))
+        inputs = self._positions()
+        if logits is None:
+            del inputs["logit_positions"]
+        for name in ("input_ids", "last_positions", "longest", "query_lengths"):
+            inputs[name] = getattr(self, name)
+        for name, array in inputs.items():
+            self.binding.bind_ortvalue_input(name, shared_value(array))
         for index, layer in enumerate(layers):
             for name, array in zip(("key", "value"), layer, strict=True):
                 value = shared_value(array)
                 self.binding.bind_ortvalue_input(f"past_{name}.{index}", value)
                 self.binding.bind_ortvalue_output(f"present_{name}.{index}", value)
+
+    def _positions(self) -> dict[str, NDArray[Any]]:
+        """The inputs that say what is asked for: the tokens that are kept, and which of those are what."""
+        num_logits = len(self.logit_positions)
+        return {
+            "kept_positions": self.kept_positions,
+            "logit_positions": self._places[:num_logits],
+            "state_positions": self._places[num_logits:],
+        }
 
     def fill_tokens(self, rows: Sequence[Row]) -> None:
         """Writes what changes from one decode step to the next into the bound arrays."""
@@ -404,6 +419,9 @@ class _SelectiveCall(_Call):
         self.state_positions[:] = selection.found[num_logits:]
         if logits is not None:
             self.logit_positions[:] = selection.found[:num_logits]
+
+    def _positions(self) -> dict[str, NDArray[Any]]:
+        return {"logit_positions": self.logit_positions, "state_positions": self.state_positions}
 
     def keep(self) -> None:
         """Writes the last layer's new keys and values behind the past ones, once they are computed."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _KINDS: Final = ("json", "regex", "choice", "grammar")
 # Compiled constraints that are kept, since clients send the same one again and again.
 _MAX_KEPT: Final = 64
+# Characters of what is wrong with a constraint, and of a value that is none: both may quote a long one.
+_MAX_REASON: Final = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,9 @@ class StructuredOutput:
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                raise InputError(f"{name} of structured output must be text that is not empty, got {value!r}")
+                raise InputError(
+                    f"{name} of structured output must be text that is not empty, got {_shown(value)}"
+                )
 
     @property
     def kind(self) -> str:
@@ -101,9 +106,15 @@ def _choices(choices: Any) -> tuple[str, ...]:
     is_list = isinstance(choices, Sequence) and not isinstance(choices, str | bytes)
     if not is_list or not choices or not all(isinstance(choice, str) and choice for choice in choices):
         raise InputError(
-            f"choice of structured output must be a list of texts, none of them empty, got {choices!r}"
+            f"choice of structured output must be a list of texts, none of them empty, got {_shown(choices)}"
         )
     return tuple(dict.fromkeys(choices))
+
+
+def _shown(value: object) -> str:
+    """A value in a message, the beginning of a long one."""
+    text = repr(value)
+    return text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + "..."
 
 
 class Matcher:
@@ -115,7 +126,7 @@ class Matcher:
         vocab_size: V.
     """
 
-    __slots__ = ("_bits", "_eos_token_ids", "_matcher", "_vocab_size")
+    __slots__ = ("__weakref__", "_bits", "_eos_token_ids", "_matcher", "_vocab_size")
 
     def __init__(self, matcher: LLMatcher, *, eos_token_ids: Sequence[int], vocab_size: int) -> None:
         self._matcher = matcher
@@ -157,7 +168,7 @@ class Matcher:
 
     def _require_sound(self) -> None:
         if self._matcher.is_error():
-            reason = self._matcher.get_error().partition("\n")[0]  # what follows is the parser's state
+            reason = _reason(self._matcher.get_error())
             raise InputError(
                 f"the structured output asked for cannot be followed further ({reason}); simplify it"
             )
@@ -177,27 +188,38 @@ class Constraints:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._lock = threading.Lock()
+        self._tokens_lock = threading.Lock()
         self._tokens: LLTokenizer | None = None
         self._kept: OrderedDict[StructuredOutput, Matcher] = OrderedDict()
+        # Those that somebody holds are found as well.
+        self._held: weakref.WeakValueDictionary[StructuredOutput, Matcher] = weakref.WeakValueDictionary()
 
-    def matcher(self, structured: StructuredOutput) -> Matcher:
-        """A matcher at the beginning of a completion.
+    def compiled(self, structured: StructuredOutput) -> Matcher:
+        """What `matcher` copies; as long as the caller holds it, nobody compiles it again.
 
         Raises:
             InputError: the constraint cannot be compiled, or llguidance is not installed.
         """
         with self._lock:
-            matcher = self._kept.get(structured)
+            matcher = self._held.get(structured)
         if matcher is None:  # compiled outside of the lock: a slow one holds nobody else up
-            matcher = self._compiled(structured)
+            matcher = self._compile(structured)
         with self._lock:
-            self._kept[structured] = matcher
+            self._held[structured] = self._kept[structured] = matcher
             self._kept.move_to_end(structured)
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
-        return matcher.copy()
+        return matcher
 
-    def _compiled(self, structured: StructuredOutput) -> Matcher:
+    def matcher(self, structured: StructuredOutput) -> Matcher:
+        """A matcher at the beginning of a completion.
+
+        Raises:
+            InputError: as `compiled`.
+        """
+        return self.compiled(structured).copy()
+
+    def _compile(self, structured: StructuredOutput) -> Matcher:
         try:
             from llguidance import LLMatcher
         except ModuleNotFoundError:
@@ -207,16 +229,28 @@ class Constraints:
             ) from None
         if not self._eos_token_ids:
             raise InputError("structured output needs a model with an end-of-text token; this one names none")
-        with self._lock:
+        with self._tokens_lock:
             if self._tokens is None:
                 self._tokens = _ll_tokenizer(self._tokenizer, self._vocab_size, self._eos_token_ids[0])
         try:
             matcher = LLMatcher(self._tokens, _grammar(structured), log_level=0)
         except ValueError as error:
-            raise InputError(f"{structured.kind} of structured output cannot be used: {error}") from None
+            raise _unusable(structured, str(error)) from None
         if matcher.is_error():
-            raise InputError(f"{structured.kind} of structured output cannot be used: {matcher.get_error()}")
+            raise _unusable(structured, matcher.get_error())
         return Matcher(matcher, eos_token_ids=self._eos_token_ids, vocab_size=self._vocab_size)
+
+
+def _unusable(structured: StructuredOutput, error: str) -> InputError:
+    return InputError(f"{structured.kind} of structured output cannot be used: {_reason(error)}")
+
+
+def _reason(error: str) -> str:
+    """What llguidance says is wrong, without the grammar and the parser's state that it shows behind that."""
+    first, *others = error.partition("<grammar>")[0].splitlines() or [""]
+    reason = first.strip() if len(first) <= _MAX_REASON else first[:_MAX_REASON] + "..."
+    # Of a regular expression, what is wrong stands behind it.
+    return " ".join([reason, *(line[:_MAX_REASON] for line in others if line.startswith("error: "))])
 
 
 def _grammar(structured: StructuredOutput) -> str:

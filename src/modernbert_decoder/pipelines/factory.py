@@ -103,6 +103,7 @@ def pipeline(
     model_kwargs: Mapping[str, Any] | None = None,
     pipeline_class: Any = None,
     engine: str | None = None,
+    adapter: str | Path | None = None,
     batch_size: int | None = None,
     **kwargs: Any,
 ) -> Pipeline:
@@ -134,6 +135,8 @@ def pipeline(
             `from_pretrained` for PyTorch.
         pipeline_class: PyTorch only.
         engine: "onnxruntime" or "torch"; by default chosen by `device` and `model`.
+        adapter: a folder with a LoRA adapter in PEFT's format, merged with the model when it is loaded;
+            engine only.
         batch_size: texts computed together; by default the engine's own choice.
         **kwargs: parameters of the task, which every call can override.
 
@@ -161,10 +164,11 @@ def pipeline(
     given = {**without_unset(for_torch), **kwargs}
     name = device_name(device)
     if _chosen_engine(engine, framework, model, name) == TORCH:
+        _refuse_adapter(adapter)
         shared = {"revision": revision, "model_kwargs": model_kwargs, "batch_size": batch_size}
         return _on_torch(task, model, name, dtype, {**given, **without_unset(shared)})
     _refuse_torch_only(model, given)
-    llm = _open(model, name, dtype, revision, model_kwargs or {})
+    llm = _open(model, name, dtype, revision, adapter, model_kwargs or {})
     given.pop("tokenizer", None)
     try:
         kind = _TASKS[task or _TASK_OF_HEAD[llm.architecture.head]]
@@ -227,6 +231,14 @@ def _on_torch(
     return built
 
 
+def _refuse_adapter(adapter: Any) -> None:
+    if adapter is not None:
+        raise InputError(
+            "adapter is the engine's own argument; with PyTorch, load the model with peft "
+            "(PeftModel.from_pretrained(model, adapter).merge_and_unload()) and pass the object as model"
+        )
+
+
 def _refuse_torch_only(model: Any, given: Mapping[str, Any]) -> None:
     for name, instead in _TORCH_ONLY.items():
         is_own_tokenizer = name == "tokenizer" and str(given.get(name)) == str(model)
@@ -235,13 +247,20 @@ def _refuse_torch_only(model: Any, given: Mapping[str, Any]) -> None:
 
 
 def _open(
-    model: Any, device: str | None, dtype: Any, revision: str | None, arguments: Mapping[str, Any]
+    model: Any,
+    device: str | None,
+    dtype: Any,
+    revision: str | None,
+    adapter: str | Path | None,
+    arguments: Mapping[str, Any],
 ) -> LLM:
     """The model on the engine; an open one as it is."""
     if isinstance(model, LLM):
-        if device not in (None, CPU) or dtype_name(dtype) != AUTO or revision is not None or arguments:
+        is_given = device not in (None, CPU) or dtype_name(dtype) != AUTO or bool(arguments)
+        if is_given or revision is not None or adapter is not None:
             raise InputError(
-                "model is an open LLM: device, dtype, revision and model_kwargs are decided; leave them out"
+                "model is an open LLM: device, dtype, revision, adapter and model_kwargs are decided; leave "
+                "them out"
             )
         return model
     refuse_unknown(arguments, _MODEL_ARGUMENTS, task="model_kwargs", advice=_MODEL_ADVICE)
@@ -250,4 +269,4 @@ def _open(
     folder = find_checkpoint(model, revision=revision, **place)
     if device is not None and device != CPU:
         arguments.setdefault("providers", engine_providers(device))
-    return LLM(folder, dtype=engine_dtype(dtype_name(dtype), folder), **arguments)
+    return LLM(folder, dtype=engine_dtype(dtype_name(dtype), folder), adapter=adapter, **arguments)

@@ -1,16 +1,19 @@
 """One line per request in the log, and an answer for every request, whatever fails on the way.
 
-A line has numbers and names, never text of a prompt or completion; that is also why a defect is logged with
-the places it came through, but without its message, which may quote what a client sent.
+Requests are counted by endpoint, those too that never reach one. A line has numbers and names, never text of
+a prompt or completion; that is also why a defect is logged with the places it came through, but without its
+message, which may quote what a client sent.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final
 
@@ -27,26 +30,60 @@ CLIENT_GONE: Final = 499
 _UNKNOWN_ENDPOINT: Final = "other"
 
 
+class RequestLog:
+    """Counts requests that have ended, and writes their lines.
+
+    Args:
+        metrics: of the server.
+        endpoint_of: gives the documented path of the endpoint that a path leads to, None where to none.
+    """
+
+    def __init__(self, metrics: Metrics, *, endpoint_of: Callable[[str], str | None]) -> None:
+        self._metrics = metrics
+        self._endpoint_of = endpoint_of
+        self._access = logging.getLogger(ACCESS_LOGGER)
+
+    def ended(self, record: RequestRecord, *, method: str | None, path: str, status: int) -> None:
+        """One request, answered or not."""
+        endpoint = self._endpoint_of(path) or _UNKNOWN_ENDPOINT
+        self._metrics.request_ended(endpoint=endpoint, status=status, seconds=record.seconds)
+        first = record.first_token_seconds
+        fields = {
+            "request_id": record.request_id,
+            "client": record.client,
+            "method": method,
+            "endpoint": endpoint,
+            "status": status,
+            "model": record.model,
+            "stream": record.stream,
+            "prompt_tokens": record.prompt_tokens,
+            "completion_tokens": record.completion_tokens,
+            "finish_reason": ",".join(record.finish_reasons) or None,
+            "error": record.error,
+            "first_token_ms": None if first is None else round(first * 1e3, 1),
+            "ms": round(record.seconds * 1e3, 1),
+        }
+        self._access.info("request", extra={"fields": {k: v for k, v in fields.items() if v is not None}})
+
+
 class AccessLog:
-    """The outermost layer: gives requests their ids and records, counts and logs them.
+    """The outermost layer: gives requests their ids and records, and has them logged.
 
     Args:
         app: what is behind.
-        metrics: of the server.
+        log: of the server.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, log: RequestLog) -> None:
         self._app = app
-        self._metrics = metrics
-        self._access = logging.getLogger(ACCESS_LOGGER)
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        client = scope["client"][0] if scope.get("client") else "unknown"
-        record = RequestRecord(uuid.uuid4().hex, client)
+        record = new_record(scope.get("client"))
         set_record(scope, record)
         status = CLIENT_GONE
 
@@ -69,28 +106,17 @@ class AccessLog:
             if status == CLIENT_GONE:
                 await server_error().response()(scope, receive, noting)
         finally:
-            self._end(scope, record, status)
+            self._log.ended(record, method=scope["method"], path=scope["path"], status=status)
 
-    def _end(self, scope: Scope, record: RequestRecord, status: int) -> None:
-        endpoint = getattr(scope.get("route"), "path", _UNKNOWN_ENDPOINT)
-        self._metrics.request_ended(endpoint=endpoint, status=status, seconds=record.seconds)
-        first = record.first_token_seconds
-        fields = {
-            "request_id": record.request_id,
-            "client": record.client,
-            "method": scope["method"],
-            "endpoint": endpoint,
-            "status": status,
-            "model": record.model,
-            "stream": record.stream,
-            "prompt_tokens": record.prompt_tokens,
-            "completion_tokens": record.completion_tokens,
-            "finish_reason": ",".join(record.finish_reasons) or None,
-            "error": record.error,
-            "first_token_ms": None if first is None else round(first * 1e3, 1),
-            "ms": round(record.seconds * 1e3, 1),
-        }
-        self._access.info("request", extra={"fields": {k: v for k, v in fields.items() if v is not None}})
+
+def new_record(address: tuple[str, int] | None) -> RequestRecord:
+    """Of a request that comes from there, as far as that is an address: a client may state another one."""
+    host = address[0].partition("%")[0] if address else ""
+    try:
+        client = str(ipaddress.ip_address(host))
+    except ValueError:
+        client = "unknown"
+    return RequestRecord(uuid.uuid4().hex, client)
 
 
 class LogFormatter(logging.Formatter):

@@ -1,29 +1,38 @@
 """Connections with little patience: clients that send half a request, or take nothing, are cut off in time.
 
 It is uvicorn's own protocol with two clocks and a limit for the head of a request, which the parser does not
-have; what is sent over a connection is not its business.
+have. What cannot be read as a request is refused here, since nothing behind ever sees it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, Final
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from modernbert_decoder.serving.access_log import RequestLog, new_record
+from modernbert_decoder.serving.errors import ApiError
+
 MAX_HEAD_BYTES: Final = 1 << 16
-_TOO_LARGE: Final = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_TOO_LARGE: Final = ApiError(
+    431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes", code="head_too_large"
 )
+_NOT_HTTP: Final = ApiError(400, "this is not a request of HTTP/1.1", code="invalid_http")
 
 
-def impatient_protocol(*, head_seconds: float, write_seconds: float) -> type[HttpToolsProtocol]:
+def impatient_protocol(
+    *, head_seconds: float, write_seconds: float, log: RequestLog
+) -> type[HttpToolsProtocol]:
     """A protocol for uvicorn's `http` setting.
 
     Args:
         head_seconds: for the head of a request to arrive, from its first byte or the connection's beginning.
         write_seconds: how long the client may take nothing of what is sent.
+        log: is told of what is refused.
     """
 
     class ImpatientProtocol(HttpToolsProtocol):
@@ -48,8 +57,10 @@ def impatient_protocol(*, head_seconds: float, write_seconds: float) -> type[Htt
             if self._is_in_head:
                 self._num_head_bytes += len(data)
                 if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                    self.transport.write(_TOO_LARGE)
-                    self.transport.close()
+                    self._refuse(_TOO_LARGE)
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(_NOT_HTTP)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
@@ -76,7 +87,36 @@ def impatient_protocol(*, head_seconds: float, write_seconds: float) -> type[Htt
             cycle: RequestResponseCycle | None = self.cycle  # None at first, other than its type says
             return cycle is None or cycle.response_complete
 
+        def _refuse(self, error: ApiError) -> None:
+            """Closes the connection; with an answer, unless another one is on its way."""
+            record = new_record(self.client)
+            if self._is_between_requests() or not self.cycle.response_started:
+                self.transport.write(_answer(error, record.request_id))
+            if self._is_between_requests():  # or the request's own end will be logged
+                log.ended(record, method=None, path=_path(self), status=error.status_code)
+            self.transport.close()
+
     return ImpatientProtocol
+
+
+def _answer(error: ApiError, request_id: str) -> bytes:
+    """A whole answer as it is sent."""
+    response = error.response()
+    lines = [
+        b"HTTP/1.1 %d %s" % (error.status_code, HTTPStatus(error.status_code).phrase.encode()),
+        b"connection: close",
+        b"x-request-id: " + request_id.encode(),
+        *(name + b": " + value for name, value in response.raw_headers),
+    ]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body)
+
+
+def _path(protocol: HttpToolsProtocol) -> str:
+    """The path of the request whose head is being read, as far as it came."""
+    try:
+        return httptools.parse_url(protocol.url).path.decode("ascii")
+    except (AttributeError, httptools.HttpParserInvalidURLError, UnicodeDecodeError):
+        return ""  # there is none yet
 
 
 class _Clock:

@@ -29,14 +29,29 @@ from modernbert_decoder.errors import (
 ERROR_LOGGER: Final = "modernbert_decoder.serving.error"
 _KINDS: Final[Mapping[int, str]] = {
     401: "authentication_error",
+    403: "permission_error",
     408: "timeout_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+# The kind of pydantic's finding about an object as a whole.
+TOO_MANY_FIELDS: Final = "too_many_fields"
 _INVALID: Final = "invalid_request_error"
 _RETRY_SECONDS: Final = 2
+# Characters of a message, and of what it quotes of a request: neither may be as long as the client likes.
+_MAX_MESSAGE: Final = 1_000
+_MAX_QUOTED: Final = 100
 _ENGINE_ERRORS: Final = (UserError, QueueFullError, RequestTimeoutError, EngineClosedError, EngineFailedError)
+
+
+def shortened(text: str, most: int = _MAX_QUOTED) -> str:
+    """A text that a client sent, or that may quote one, no longer than it takes to recognize it.
+
+    >>> shortened("abcdefgh", 4)
+    'abcd...'
+    """
+    return text if len(text) <= most else text[:most] + "..."
 
 
 class ApiError(HTTPException):
@@ -57,9 +72,10 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = shortened(message, _MAX_MESSAGE)
         super().__init__(status, message, headers)
         self.message = message
-        self.param = param
+        self.param = None if param is None else shortened(param, _MAX_QUOTED)
         self.code = code
 
     @property
@@ -129,7 +145,7 @@ def parameter_named(message: str, fields: Iterable[str]) -> str | None:
     'prompt'
     """
     known = set(fields)
-    return next((word for word in re.findall(r"\w+", message) if word in known), None)
+    return next((word[0] for word in re.finditer(r"\w+", message) if word[0] in known), None)
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -142,13 +158,13 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"there is no parameter {_spelled(path)}", param=param, code="unknown_parameter")
     where = f"{param}: " if param else ""
-    if param is None and first["loc"][0] == "body":
+    if param is None and first["loc"][0] == "body" and first["type"] != TOO_MANY_FIELDS:
         return ApiError(400, "the body must be a JSON object")
     return ApiError(400, where + str(first["msg"]), param=param, code="invalid_value")
 
 
 def _spelled(path: Sequence[str | int]) -> str:
-    return ".".join(map(str, path))
+    return shortened(".".join(shortened(str(part)) for part in path))
 
 
 def install_handlers(app: FastAPI, fields_of: Callable[[Request], Iterable[str]]) -> None:

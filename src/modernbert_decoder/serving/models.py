@@ -19,7 +19,7 @@ from modernbert_decoder.engine.async_llm import AsyncLLM
 from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.engine.speculation import Speculation
 from modernbert_decoder.serving.chat_template import ChatTemplate, find_chat_template
-from modernbert_decoder.serving.errors import ApiError, not_ready
+from modernbert_decoder.serving.errors import ApiError, not_ready, shortened
 from modernbert_decoder.serving.settings import EngineSettings, ModelSource
 
 _CAPABILITIES: Final[Mapping[Head, tuple[str, ...]]] = {
@@ -129,6 +129,10 @@ class Registry:
         seconds = time.perf_counter() - started
         _log.info("loaded %s (%s) in %.1f s", model.name, engine.llm.scheme.name, seconds)
 
+    def stalled(self, seconds: float) -> tuple[str, ...]:
+        """Names of models whose engine has been in one step for longer than that."""
+        return tuple(name for name, engine in self.engines.items() if engine.step_seconds > seconds)
+
     def find(self, name: str) -> ServedModel:
         """The model of that name, open or not.
 
@@ -139,7 +143,7 @@ class Registry:
         if model is None:
             raise ApiError(
                 404,
-                f"there is no model called {name!r}; GET /v1/models lists those that are served",
+                f"there is no model called {shortened(name)!r}; GET /v1/models lists those that are served",
                 param="model",
                 code="model_not_found",
             )
@@ -190,12 +194,18 @@ def opener(settings: EngineSettings) -> OpenModel:
         llm = LLM(
             source.model,
             dtype=source.dtype,
+            adapter=source.adapter,
             show_progress=False,
             prefix_cache_bytes=settings.prefix_cache_bytes,
             speculation=_speculation(settings.draft),
             **given,
         )
-        return AsyncLLM(llm, max_waiting=settings.max_waiting, max_kv_bytes=settings.kv_bytes)
+        return AsyncLLM(
+            llm,
+            max_waiting=settings.max_waiting,
+            max_kv_bytes=settings.kv_bytes,
+            batch_invariant=settings.batch_invariant,
+        )
 
     return open_model
 

@@ -28,13 +28,14 @@ _OPEN: Final = frozenset({"/health", "/ready"})
 _UNUSED_SCHEMAS: Final = ("HTTPValidationError", "ValidationError")
 
 
-def document(app: FastAPI, *, registry: Registry, has_keys: bool) -> dict[str, Any]:
+def document(app: FastAPI, *, registry: Registry, has_keys: bool, compares_hosts: bool) -> dict[str, Any]:
     """The document of a server.
 
     Args:
         app: with all routes.
         registry: of the models that are served.
         has_keys: whether an API key is asked for.
+        compares_hosts: whether only some names of the server are taken.
     """
     schema = get_openapi(
         title="modernbert-decoder", version=__version__, description=_DESCRIPTION, routes=app.routes
@@ -49,6 +50,8 @@ def document(app: FastAPI, *, registry: Registry, has_keys: bool) -> dict[str, A
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            if not compares_hosts:
+                operation["responses"].pop("403", None)
             if not has_keys:
                 operation["responses"].pop("401", None)
             elif path not in _OPEN:

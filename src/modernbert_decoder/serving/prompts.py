@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.engine.outputs import Score
@@ -17,8 +17,8 @@ from modernbert_decoder.serving.protocol.completions import CompletionLogprobs
 from modernbert_decoder.serving.token_texts import CompletionTokens
 from modernbert_decoder.tokenizer import Tokenizer
 
-# Shorter texts are cut into tokens faster than a thread is asked to.
-_SHORT_TEXT: Final = 4_096
+# Texts that have fewer characters together are cut into tokens faster than a thread is asked to.
+_FEW_CHARACTERS: Final = 4_096
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class EncodedPrompt:
 
     Attributes:
         ids: what the model is fed.
-        text: what `echo` puts in front of the completion.
+        text: what `echo` puts in front of the completion; "" where it is not asked for.
         is_text: whether the client sent text; [CLS], which then stands in front, is not shown.
     """
 
@@ -51,35 +51,71 @@ class EncodedPrompt:
 
 
 async def encode_prompts(
-    prompt: str | list[str] | list[int] | list[list[int]] | None, llm: LLM, *, skip_special_tokens: bool
+    prompt: str | list[str] | list[int] | list[list[int]] | None,
+    llm: LLM,
+    *,
+    max_tokens: int,
+    skip_special_tokens: bool,
+    is_echoed: bool,
 ) -> list[EncodedPrompt]:
     """The prompts of a request.
 
+    Args:
+        prompt: as the request has it.
+        llm: the model.
+        max_tokens: that are to follow each.
+        skip_special_tokens: from the text of token ids.
+        is_echoed: whether that text is asked for.
+
     Raises:
-        ApiError: a token id is outside the vocabulary.
+        ApiError: a token id is outside the vocabulary, or a prompt does not fit the context.
     """
-    tokenizer = llm.tokenizer
-    listed: Sequence[str | list[int]]
-    if prompt is None or isinstance(prompt, str):
-        listed = [prompt or ""]
-    else:
-        listed = [prompt] if isinstance(prompt[0], int) else prompt
-    encoded = []
-    for each in listed:
-        if isinstance(each, str):
-            encoded.append(EncodedPrompt(await encode_text(each, tokenizer), each, is_text=True))
-        else:
-            check_token_ids(each, llm, param="prompt")
-            text = tokenizer.decode(each, skip_special_tokens=skip_special_tokens)
-            encoded.append(EncodedPrompt(each, text, is_text=False))
-    return encoded
+    listed = listed_prompts(prompt or "")
+    ids = await _ids_of(listed, llm)
+    for each in ids:
+        check_room(each, llm, max_tokens=max_tokens, param="max_tokens")
+
+    def text_of(given: str | list[int]) -> str:
+        if isinstance(given, str):
+            return given
+        return llm.tokenizer.decode(given, skip_special_tokens=skip_special_tokens) if is_echoed else ""
+
+    return [
+        EncodedPrompt(own, text_of(each), is_text=isinstance(each, str))
+        for each, own in zip(listed, ids, strict=True)
+    ]
+
+
+def listed_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One prompt or several, as a list."""
+    if isinstance(prompt, str):
+        return [prompt]
+    is_one = isinstance(prompt[0], int)
+    return cast(list[str | list[int]], [prompt] if is_one else prompt)
+
+
+async def _ids_of(prompts: Sequence[str | list[int]], llm: LLM) -> list[list[int]]:
+    """The token ids of each, all of them texts or all of them ids."""
+    texts = [each for each in prompts if isinstance(each, str)]
+    if texts:
+        return await encode_texts(texts, llm.tokenizer)
+    ids = [each for each in prompts if not isinstance(each, str)]
+    for each in ids:
+        check_token_ids(each, llm, param="prompt")
+    return ids
+
+
+async def encode_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """`[CLS]` and the tokens of each text; the event loop goes on meanwhile where that takes long."""
+    if sum(map(len, texts)) <= _FEW_CHARACTERS:
+        return [tokenizer.encode(text) for text in texts]
+    return await asyncio.to_thread(tokenizer.encode_batch, texts)
 
 
 async def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
-    """`[CLS]` and the tokens of a text; the event loop goes on meanwhile where that takes long."""
-    if len(text) <= _SHORT_TEXT:
-        return tokenizer.encode(text)
-    return await asyncio.to_thread(tokenizer.encode, text)
+    """`encode_texts` for one."""
+    (ids,) = await encode_texts([text], tokenizer)
+    return ids
 
 
 def check_token_ids(ids: Sequence[int], llm: LLM, *, param: str) -> None:
@@ -88,12 +124,11 @@ def check_token_ids(ids: Sequence[int], llm: LLM, *, param: str) -> None:
     Raises:
         ApiError: one is not.
     """
-    size = llm.architecture.vocab_size
-    too_large = next((token_id for token_id in ids if token_id >= size), None)
-    if too_large is not None:
+    size, largest = llm.architecture.vocab_size, max(ids, default=0)
+    if largest >= size:
         raise ApiError(
             400,
-            f"{param}: token ids of this model are below {size}, got {too_large}",
+            f"{param}: token ids of this model are below {size}, got {largest}",
             param=param,
             code="invalid_value",
         )

@@ -6,7 +6,7 @@ This module knows uvicorn; what is served is the application's business.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import gc
 import logging
 import signal
 import socket
@@ -20,12 +20,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from modernbert_decoder.errors import InputError
-from modernbert_decoder.serving.access_log import LogFormatter
+from modernbert_decoder.serving.access_log import LogFormatter, RequestLog
 from modernbert_decoder.serving.app import create_app
 from modernbert_decoder.serving.connections import impatient_protocol
 from modernbert_decoder.serving.context import ServerContext
 from modernbert_decoder.serving.models import State
-from modernbert_decoder.serving.settings import ServerSettings
+from modernbert_decoder.serving.settings import ServerSettings, is_loopback
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _LOGGERS: Final = ("modernbert_decoder", "uvicorn")
@@ -41,13 +41,23 @@ class ApiServer(uvicorn.Server):
     Args:
         app: the application.
         announce: called with the address once requests are accepted.
+        when_ready: called once all models are loaded.
     """
 
-    def __init__(self, app: FastAPI, *, announce: Callable[[str, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        announce: Callable[[str, int], None] | None = None,
+        when_ready: Callable[[], None] | None = None,
+    ) -> None:
         context = app.state.context
+        log = app.state.request_log
         assert isinstance(context, ServerContext)
+        assert isinstance(log, RequestLog)
         self._context = context
         self._announce = announce
+        self._when_ready = when_ready
         settings = context.settings
         super().__init__(
             uvicorn.Config(
@@ -55,7 +65,7 @@ class ApiServer(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 http=impatient_protocol(
-                    head_seconds=settings.body_timeout, write_seconds=settings.write_timeout
+                    head_seconds=settings.body_timeout, write_seconds=settings.write_timeout, log=log
                 ),
                 ws="none",
                 lifespan="on",
@@ -95,6 +105,9 @@ class ApiServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop."""
+        if self._when_ready is not None and self._context.registry.state is State.READY:
+            self._when_ready()
+            self._when_ready = None
         return await super().on_tick(counter) or self._context.registry.state is State.FAILED
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -120,10 +133,10 @@ def run(settings: ServerSettings) -> None:
         shown = f"[{host}]" if ":" in host else host
         names = ", ".join(source.name for source in settings.models)
         _log.info("listening on http://%s:%d; loading %s", shown, port, names)
-        if not settings.api_keys and not _is_loopback(host):
+        if not settings.api_keys and not is_loopback(host):
             _log.warning("no API key is set: everybody who reaches this address can use the server")
 
-    server = ApiServer(create_app(settings), announce=announce)
+    server = ApiServer(create_app(settings), announce=announce, when_ready=set_aside_what_stays)
     listening = _bound_socket(settings)
     try:
         server.run(sockets=[listening])
@@ -145,8 +158,13 @@ def _bound_socket(settings: ServerSettings) -> socket.socket:
     return bound
 
 
-def _is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+def set_aside_what_stays() -> None:
+    """Spares the garbage collector what is there now: modules and models, which stay to the end.
+
+    It stops every thread while it looks through everything, again and again, and that is most of it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def set_up_logging(log_format: str) -> None:
@@ -161,5 +179,5 @@ def set_up_logging(log_format: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
-        # uvicorn's own news repeat ours.
-        logger.setLevel(logging.WARNING if name == "uvicorn" else logging.INFO)
+        # uvicorn's own news repeat ours, and its warnings are of what clients send, which has lines of ours.
+        logger.setLevel(logging.ERROR if name == "uvicorn" else logging.INFO)

@@ -5,17 +5,20 @@ This module knows the spelling of models on the command line; it opens nothing.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from modernbert_decoder.errors import InputError
+from modernbert_decoder.serving.hosts import ANY_HOST, LOOPBACK_HOSTS
 
 DTYPES: Final = ("float32", "int8", "int4", "w8a8")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*")
 _MIB: Final = 2**20
 
 
@@ -27,11 +30,15 @@ class ModelSource:
         name: what requests call it.
         model: bundled name, folder or Hub id.
         dtype: weight format; None for the model's own default.
+        adapter: folder of a LoRA adapter that changes its weights.
+        parent: the name under which it is served without the adapter.
     """
 
     name: str
     model: str
     dtype: str | None = None
+    adapter: str | None = None
+    parent: str | None = None
 
     @classmethod
     def parse(cls, spelling: str) -> ModelSource:
@@ -59,25 +66,59 @@ class ModelSource:
         if not separator:
             is_folder = Path(model).is_dir() or model.count("/") > 1 or "\\" in model
             name = (Path(model).resolve().name if is_folder else model) + (f":{dtype}" if dtype else "")
-        if not _NAME.fullmatch(name):
-            raise InputError(
-                f"a model cannot be served under the name {name!r}: give it one of letters, digits and "
-                f"._:/@+-, as in small={rest}"
-            )
-        return cls(name, model, dtype)
+        return cls(_checked_name(name, example=f"small={rest}"), model, dtype)
+
+    def adapted(self, name: str, folder: str) -> ModelSource:
+        """This model with an adapter, under a name of its own.
+
+        Raises:
+            InputError: the name cannot be used.
+        """
+        name = _checked_name(name, example=f"mine={folder}")
+        return replace(self, name=name, adapter=folder, parent=self.name)
 
 
-def parse_models(spellings: Iterable[str]) -> tuple[ModelSource, ...]:
-    """All models of a server.
+def _checked_name(name: str, *, example: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"a model cannot be served under the name {name!r}: give it one of letters, digits and "
+            f"._:/@+-, as in {example}"
+        )
+    return name
+
+
+def parse_models(spellings: Iterable[str], adapters: Iterable[str] = ()) -> tuple[ModelSource, ...]:
+    """All models of a server, those with adapters behind the others.
+
+    Args:
+        spellings: `[NAME=]MODEL[:DTYPE]`.
+        adapters: `NAME=[MODEL=]FOLDER`, where MODEL is the name of one of the models.
 
     Raises:
-        InputError: two have one name, or a name cannot be used.
+        InputError: two have one name, a name cannot be used, or it is not clear what an adapter is for.
     """
-    sources = tuple(ModelSource.parse(spelling) for spelling in spellings)
+    models = tuple(ModelSource.parse(spelling) for spelling in spellings)
+    sources = (*models, *(_adapted(models, spelling) for spelling in adapters))
     for name, count in Counter(source.name for source in sources).items():
         if count > 1:
             raise InputError(f"{count} models are called {name!r}; give them names, as in first={name}")
     return sources
+
+
+def _adapted(models: Sequence[ModelSource], spelling: str) -> ModelSource:
+    by_name = {model.name: model for model in models}
+    name, _, rest = spelling.partition("=")
+    parent, separator, folder = rest.partition("=")
+    if not separator or parent not in by_name:  # the folder alone, which may have such a sign in its name
+        parent, folder = models[0].name, rest
+        if len(models) > 1:
+            raise InputError(
+                f"--adapter {spelling}: several models are served; say which of them the adapter is for, as "
+                f"in {name}={parent}={rest or 'FOLDER'}"
+            )
+    if not folder:
+        raise InputError(f"--adapter {spelling}: there is no folder; write NAME=FOLDER")
+    return by_name[parent].adapted(name, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +133,7 @@ class EngineSettings:
         kv_bytes: of keys and values that running requests may reserve.
         prefix_cache_bytes: for beginnings of prompts; 0 keeps none.
         draft: "lookup", "off", or a model that drafts for the ones served.
+        batch_invariant: whether completions do not depend on what else is computed.
     """
 
     threads: int | None = None
@@ -101,6 +143,7 @@ class EngineSettings:
     kv_bytes: int | None = None
     prefix_cache_bytes: int = 256 * _MIB
     draft: str = "off"
+    batch_invariant: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +155,13 @@ class ServerSettings:
         host: address to listen on.
         port: 0 takes a free one.
         api_keys: any of them opens the API; none: no key is asked for.
+        allowed_hosts: further names of the server that requests may be for; `*` is any.
         cors_origins: pages of these origins may call the API from a browser; `*` is any.
         max_body: of a request.
         timeout: from a request's arrival to its last token.
         body_timeout: for a request's head and body to arrive.
         write_timeout: how long a client may take nothing off its connection before it is dropped.
+        step_timeout: how long a step of an engine may run before the server is said not to be ready.
         grace: how long running requests may go on after the server was told to stop.
         log_format: "text" or "json".
         engine: of every model.
@@ -126,11 +171,13 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_body: int = 4 * _MIB
     timeout: float = 600.0
     body_timeout: float = 30.0
     write_timeout: float = 60.0
+    step_timeout: float = 60.0
     grace: float = 30.0
     log_format: str = "text"
     engine: EngineSettings = EngineSettings()
@@ -144,6 +191,36 @@ class ServerSettings:
                     "an API key must have at least 8 characters, all of them printable ASCII without spaces; "
                     "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
                 )
+        for name in self.allowed_hosts:
+            if name != ANY_HOST and not _HOST_NAME.fullmatch(name):
+                raise InputError(
+                    f"{name!r} is no name that a server can have; write one without scheme, port and path, "
+                    "as in models.example.org, or * for any"
+                )
+
+    @property
+    def host_names(self) -> tuple[str, ...] | None:
+        """Names of the server that requests may be for; None for any.
+
+        A server that anybody on this machine may use is for nobody else: names are then compared, or a web
+        page could call it under a name that it made point here. Keys keep such a page out by themselves.
+        """
+        is_open = is_loopback(self.host) and not self.api_keys
+        if not is_open and not self.allowed_hosts:
+            return None
+        return (*LOOPBACK_HOSTS, self.host, *self.allowed_hosts)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address.
+
+    >>> is_loopback("::1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+    (True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ This module knows bytes and content types; what a body means is the protocol's b
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -17,8 +18,12 @@ from fastapi.routing import APIRoute
 
 from modernbert_decoder.serving.errors import ApiError
 
-# Every field that is not known is an error of its own, and is told: many of them would take seconds.
-_MAX_FIELDS: Final = 128
+# Reading a body holds Python's lock, and so everybody's streams: what no request needs is refused before that
+# by its number. Texts and token ids are what large bodies consist of.
+_MAX_CONTAINERS: Final = 1 << 16
+_MAX_VALUES: Final = 1 << 19
+# Larger bodies are read on a thread.
+_LARGE: Final = 1 << 16
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -26,8 +31,9 @@ def parse_json(body: bytes) -> Any:
     """The value that a body spells.
 
     Raises:
-        ApiError: 400, it is not JSON.
+        ApiError: 400, it is not JSON, or no request has so many parts.
     """
+    _require_few_parts(body)
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as error:
@@ -38,15 +44,32 @@ def parse_json(body: bytes) -> Any:
         raise _not_json("it is nested too deeply") from None
     except ValueError as error:  # of the two functions below, or an integer with thousands of digits
         raise _not_json(str(error)) from None
-    if isinstance(value, dict) and len(value) > _MAX_FIELDS:
-        raise ApiError(
-            400,
-            f"the body has {len(value)} fields; no request has more than {_MAX_FIELDS}",
-            code="invalid_value",
-        )
     if _SURROGATE.search(body):
         _require_text(value)
     return value
+
+
+def _require_few_parts(body: bytes) -> None:
+    """Refuses bodies of very many parts, whatever they are.
+
+    Raises:
+        ApiError: 400.
+    """
+    if _num_parts(body) <= _MAX_CONTAINERS and body.count(b",") < _MAX_VALUES:
+        return
+    # Signs inside of texts do not count: what is left are the parts between quotation marks, every other one.
+    outside = b'"'.join(body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
+    if _num_parts(outside) > _MAX_CONTAINERS:
+        what = f"{_MAX_CONTAINERS:,} lists, objects and fields"
+    elif outside.count(b",") >= _MAX_VALUES:
+        what = f"{_MAX_VALUES:,} values"
+    else:
+        return
+    raise ApiError(400, f"the body has more than {what}, which no request needs", code="invalid_value")
+
+
+def _num_parts(text: bytes) -> int:
+    return text.count(b"[") + text.count(b"{") + text.count(b":")
 
 
 def _require_text(value: Any) -> None:
@@ -89,7 +112,8 @@ class _StrictRequest(Request):
 
     async def json(self) -> Any:
         """The body's value."""
-        return parse_json(await self.body())
+        body = await self.body()
+        return parse_json(body) if len(body) <= _LARGE else await asyncio.to_thread(parse_json, body)
 
 
 class StrictJsonRoute(APIRoute):

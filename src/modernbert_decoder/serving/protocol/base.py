@@ -5,14 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+
+from modernbert_decoder.serving.errors import TOO_MANY_FIELDS
 
 MAX_PROMPTS: Final = 128
 MAX_COMPLETIONS: Final = 128
+# Of all prompts of a request.
+MAX_COMPLETIONS_TOGETHER: Final = 1024
 MAX_LOGPROBS: Final = 20
 MAX_STOPS: Final = 16
+MAX_MESSAGES: Final = 1024
+MAX_PARTS: Final = 64
 MAX_NAMED_TOKENS: Final = 4096
+# Of one text; more than any context, as some endpoints cut texts or read them in windows.
+MAX_TOKEN_IDS: Final = 1 << 17
+# No object of a request has as many fields. Each one that is not known is an error of its own, and many would
+# take seconds.
+_MAX_FIELDS: Final = 128
 _MAX_TOKEN_ID: Final = 2**31 - 1
 
 
@@ -20,6 +39,17 @@ class Body(BaseModel):
     """A request: unknown fields are errors, and `"1"` is not a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number_of_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise PydanticCustomError(
+                TOO_MANY_FIELDS,
+                "there are {count} fields; no object of a request has more than {most}",
+                {"count": len(value), "most": _MAX_FIELDS},
+            )
+        return value
 
 
 class Reply(BaseModel):
@@ -79,9 +109,24 @@ def described_as(wanted: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+def at_most(count: int) -> BeforeValidator:
+    """Refuses longer objects before anybody looks at what they hold."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise PydanticCustomError(
+                "too_long",
+                "there are {length} entries; at most {count} are taken",
+                {"length": len(value), "count": count},
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
 # The first wrong element is told, not every one: there may be hundreds of thousands.
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)]
 Prompts = Annotated[
     str
     | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]

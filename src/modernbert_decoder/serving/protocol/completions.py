@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from modernbert_decoder.serving.protocol.base import MAX_LOGPROBS, Body, Prompts, Reply, Usage, described_as
+from modernbert_decoder.serving.protocol.base import (
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    Body,
+    Prompts,
+    Reply,
+    Usage,
+    described_as,
+)
 from modernbert_decoder.serving.protocol.sampling import SamplingFields
 
 FinishReason = Annotated[
@@ -82,7 +91,10 @@ class ChatMessage(Body):
     """One message of a conversation; which roles there are is the template's business."""
 
     role: str = Field(min_length=1)
-    content: Annotated[str | list[TextPart], described_as("text, or a list of parts of the type text")]
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)],
+        described_as(f"text, or a list of at most {MAX_PARTS} parts of the type text"),
+    ]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -96,7 +108,7 @@ class ChatMessage(Body):
 class ChatRequest(SamplingFields):
     """A conversation to be continued; only for models with a chat template."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Only together with `logprobs`."

@@ -32,10 +32,10 @@ class TextPair(Body):
 Texts = Annotated[
     str
     | TextPair
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     | TokenIds
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    | Annotated[list[TextPair], Field(min_length=1, max_length=MAX_PROMPTS)],
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[TextPair], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
     described_as(
         'text, a list of texts, a list of token ids, a list of such lists, or {"text", "text_pair"}, one '
         f"or a list of them; at most {MAX_PROMPTS} of them, no list empty"
@@ -116,6 +116,12 @@ class ClassifyReply(Reply):
     usage: Usage
 
 
+SomeTexts = Annotated[
+    str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)] | None,
+    described_as(f"text or a list of at most {MAX_PROMPTS} texts"),
+]
+
+
 class ScoreRequest(Body):
     """How likely texts are.
 
@@ -125,8 +131,8 @@ class ScoreRequest(Body):
 
     model: ModelName
     input: Prompts | None = None
-    text_1: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
-    text_2: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    text_1: SomeTexts = None
+    text_2: SomeTexts = None
     normalization: Normalization = Field("sum", description="Of continuations, as in /v1/rank.")
     stride: int | None = Field(
         None,
@@ -179,7 +185,9 @@ class RankRequest(Body):
 
     model: ModelName
     text: str
-    candidates: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=1024)
+    candidates: list[Annotated[str, Field(min_length=1)]] = Field(
+        min_length=1, max_length=1024, fail_fast=True
+    )
     normalization: Normalization = "sum"
     unconditional_text: str = ""
     user: UserName = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -18,14 +18,18 @@ from modernbert_decoder.serving.protocol.base import (
     ModelName,
     TokenId,
     UserName,
+    at_most,
     described_as,
 )
 
+# Characters of a schema, expression or grammar, and of all choices; compiling more would take seconds.
+MAX_CONSTRAINT: Final = 1 << 16
+MAX_CHOICES: Final = 1_000
 Value = TypeVar("Value")
 
 Stop = Annotated[
     Annotated[str, Field(min_length=1)]
-    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS, fail_fast=True)]
     | None,
     described_as(f"text or a list of at most {MAX_STOPS} texts, none of them empty"),
 ]
@@ -70,9 +74,9 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: Literal[True] | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
+    regex: str | None = Field(None, max_length=MAX_CONSTRAINT)
+    choice: list[str] | None = Field(None, max_length=MAX_CHOICES, fail_fast=True)
+    grammar: str | None = Field(None, max_length=MAX_CONSTRAINT)
 
 
 class SamplingFields(Body):
@@ -80,7 +84,7 @@ class SamplingFields(Body):
 
     model: ModelName
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[str, Bias] | None = Field(
+    logit_bias: Annotated[dict[str, Bias] | None, at_most(MAX_NAMED_TOKENS)] = Field(
         None,
         max_length=MAX_NAMED_TOKENS,
         description="Token ids, written as text, and what is added to their logits.",
@@ -99,7 +103,7 @@ class SamplingFields(Body):
     min_p: float | None = Field(0.0, ge=0, le=1)
     repetition_penalty: float | None = Field(1.0, ge=0.01, le=100)
     min_tokens: int | None = Field(0, ge=0, le=2**31 - 1)
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_NAMED_TOKENS)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_NAMED_TOKENS, fail_fast=True)
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False
@@ -158,11 +162,15 @@ class SamplingFields(Body):
         return "structured_outputs" if self.response_format is None else "response_format"
 
     def _structured_output(self) -> StructuredOutput | None:
+        field = self.structured_field
         try:
-            return _structured(self.response_format, self.structured_outputs)
+            structured = _structured(self.response_format, self.structured_outputs)
         except InputError as error:
-            field = self.structured_field
             raise ApiError(400, f"{field}: {error}", param=field, code="invalid_value") from None
+        if structured is not None and _num_characters(structured) > MAX_CONSTRAINT:
+            message = f"{field}: at most {MAX_CONSTRAINT:,} characters of {structured.kind} are taken"
+            raise ApiError(400, message, param=field, code="invalid_value")
+        return structured
 
 
 def _or(value: Value | None, default: Value) -> Value:
@@ -209,6 +217,12 @@ def _structured(
             code="invalid_value",
         )
     return StructuredOutput(**given)  # type: ignore[arg-type]
+
+
+def _num_characters(structured: StructuredOutput) -> int:
+    """Of what has to be compiled."""
+    stated = structured.json or structured.regex or structured.grammar or ""
+    return len(stated) + sum(map(len, structured.choice or ()))
 
 
 def _of_response_format(wanted: ResponseFormat) -> StructuredOutput | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from modernbert_decoder.serving.protocol.base import Body, Reply, TokenId
+from modernbert_decoder.serving.protocol.base import MAX_TOKEN_IDS, Body, Reply, TokenId
 
 OptionalModelName = Annotated[str | None, Field(description="By default the first model.")]
 NONE_WHILE_LOADING = "Extension; null while the model is being loaded."
@@ -34,7 +34,7 @@ class DetokenizeRequest(Body):
     """Tokens to be put together."""
 
     model: OptionalModelName = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
 
 
 class DetokenizeReply(Reply):
@@ -50,6 +50,7 @@ class ModelCard(Reply):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "modernbert-decoder"
+    parent: str | None = Field(description="Extension: the model that this one is with an adapter.")
     ready: bool = Field(description="Extension: whether it has been loaded.")
     task: Literal["generate", "classify", "embed"] | None = Field(description=NONE_WHILE_LOADING)
     head: Literal["causal_lm", "sequence_classification", "none"] | None = Field(
@@ -85,5 +86,6 @@ class Health(Reply):
 class Readiness(Reply):
     """Whether requests are taken."""
 
-    status: Literal["ready", "starting", "draining", "failed"]
+    status: Literal["ready", "starting", "draining", "failed", "stalled"]
     models: dict[str, bool] = Field(description="Name and whether it has been loaded.")
+    reason: str | None = Field(None, description="Of `stalled`: which engine does not come to its end.")

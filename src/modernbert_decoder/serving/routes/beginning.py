@@ -16,6 +16,7 @@ from modernbert_decoder.serving.protocol.base import Body, ErrorReply
 _REASONS: Final = {
     400: "The body is not JSON, or says something that cannot be done; `param` names the field.",
     401: "There is no API key, or a wrong one.",
+    403: "`Host` is none of the server's names.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
@@ -41,7 +42,9 @@ def errors(*statuses: int) -> Responses:
     }
 
 
-BODY_ERRORS: Final[Mapping[int | str, dict[str, Any]]] = errors(400, 401, 404, 408, 413, 415, 429, 500, 503)
+BODY_ERRORS: Final[Mapping[int | str, dict[str, Any]]] = errors(
+    400, 401, 403, 404, 408, 413, 415, 429, 500, 503
+)
 COMPUTING_ERRORS: Final[Mapping[int | str, dict[str, Any]]] = {**BODY_ERRORS, **errors(504)}
 
 

@@ -16,8 +16,8 @@ from modernbert_decoder.serving.context import RequestRecord, context_of, record
 from modernbert_decoder.serving.errors import ApiError
 from modernbert_decoder.serving.generation import Generation, primed
 from modernbert_decoder.serving.models import ServedModel
-from modernbert_decoder.serving.prompts import EncodedPrompt, encode_prompts
-from modernbert_decoder.serving.protocol.base import Usage
+from modernbert_decoder.serving.prompts import EncodedPrompt, encode_prompts, listed_prompts
+from modernbert_decoder.serving.protocol.base import MAX_COMPLETIONS_TOGETHER, Usage
 from modernbert_decoder.serving.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -67,6 +67,16 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
 
 def _check(body: CompletionRequest) -> None:
+    num_prompts = len(listed_prompts(body.prompt or ""))
+    num_completions = num_prompts * (body.n or 1)
+    if num_completions > MAX_COMPLETIONS_TOGETHER:
+        raise ApiError(
+            400,
+            f"n: {num_prompts} prompts make {num_completions} completions; at most "
+            f"{MAX_COMPLETIONS_TOGETHER:,} are taken at a time",
+            param="n",
+            code="invalid_value",
+        )
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(
             400,

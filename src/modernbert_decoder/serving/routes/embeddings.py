@@ -26,6 +26,7 @@ from modernbert_decoder.serving.protocol.reading import (
     TextPair,
 )
 from modernbert_decoder.serving.routes.beginning import COMPUTING_ERRORS, answer_id, begin
+from modernbert_decoder.serving.routes.long_answers import long_json_response
 from modernbert_decoder.serving.routes.streaming import json_response
 from modernbert_decoder.serving.sse import while_connected
 from modernbert_decoder.serving.strict_json import StrictJsonRoute
@@ -71,7 +72,8 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> Respons
         Embedding(index=index, embedding=_encoded(output.embedding, is_binary=is_binary))
         for index, output in enumerate(outputs)
     ]
-    return json_response(EmbeddingReply(data=data, model=model.name, usage=Usage.of(record.prompt_tokens)))
+    reply = EmbeddingReply(data=data, model=model.name, usage=Usage.of(record.prompt_tokens))
+    return await long_json_response(reply, num_items=len(data) * width)
 
 
 @router.post(

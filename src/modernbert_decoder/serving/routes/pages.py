@@ -58,6 +58,7 @@ def page_router() -> APIRouter:
     docs = {name: _swagger_file(name) for name in _SWAGGER_FILES}
     docs["start.js"] = _DOCS_SCRIPT.encode()
 
+    @router.head("/")
     @router.get("/")
     async def index() -> Response:
         return _file("index.html", page["index.html"], _PAGE_POLICY)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,7 +14,7 @@ from modernbert_decoder.serving.context import context_of, record_of
 from modernbert_decoder.serving.errors import ApiError
 from modernbert_decoder.serving.generation import together
 from modernbert_decoder.serving.models import ServedModel
-from modernbert_decoder.serving.prompts import check_token_ids, encode_text
+from modernbert_decoder.serving.prompts import check_token_ids, encode_texts, listed_prompts
 from modernbert_decoder.serving.protocol.base import Usage
 from modernbert_decoder.serving.protocol.reading import (
     Ranked,
@@ -27,6 +26,7 @@ from modernbert_decoder.serving.protocol.reading import (
     TokenScore,
 )
 from modernbert_decoder.serving.routes.beginning import COMPUTING_ERRORS, answer_id, begin
+from modernbert_decoder.serving.routes.long_answers import long_json_response, made
 from modernbert_decoder.serving.routes.streaming import json_response
 from modernbert_decoder.serving.sse import while_connected
 from modernbert_decoder.serving.strict_json import StrictJsonRoute
@@ -54,15 +54,14 @@ async def score(body: ScoreRequest, request: Request) -> Response:
         work = _continuations(body, model, settings)
     data, num_tokens = await while_connected(request, work)
     record.prompt_tokens = num_tokens
-    return json_response(
-        ScoreReply(
-            id=answer_id("score", record),
-            created=int(time.time()),
-            model=model.name,
-            data=data,
-            usage=Usage.of(num_tokens),
-        )
+    reply = ScoreReply(
+        id=answer_id("score", record),
+        created=int(time.time()),
+        model=model.name,
+        data=data,
+        usage=Usage.of(num_tokens),
     )
+    return await long_json_response(reply, num_items=num_tokens if body.return_tokens else len(data))
 
 
 @router.post(
@@ -125,29 +124,33 @@ def _check(body: ScoreRequest) -> None:
 async def _whole_texts(
     body: ScoreRequest, model: ServedModel, settings: dict[str, Any]
 ) -> tuple[list[Scored], int]:
-    given = body.input
-    assert given is not None
-    is_one = isinstance(given, str) or isinstance(given[0], int)
-    listed: Sequence[Any] = [given] if is_one else given
+    assert body.input is not None
+    listed = listed_prompts(body.input)
     for each in listed:
         if not isinstance(each, str):
             check_token_ids(each, model.llm, param="input")
     assert model.engine is not None
     scores = await model.engine.score(list(listed), stride=body.stride, **settings)
-    tokenizer = model.llm.tokenizer
-    data = [
-        Scored(
-            index=index,
-            score=each.total_logprob,
-            logprob=each.total_logprob,
-            num_tokens=each.num_tokens,
-            perplexity=_finite(each.perplexity),
-            bits_per_byte=_finite(each.bits_per_byte),
-            tokens=_tokens(each, tokenizer) if body.return_tokens else None,
-        )
-        for index, each in enumerate(scores)
-    ]
-    return data, sum(len(each.token_ids) for each in scores)
+    num_tokens = sum(len(each.token_ids) for each in scores)
+    tokenizer = model.llm.tokenizer if body.return_tokens else None
+    num_items = num_tokens if body.return_tokens else len(scores)
+    data = await made(
+        lambda: [_scored(index, each, tokenizer) for index, each in enumerate(scores)], num_items=num_items
+    )
+    return data, num_tokens
+
+
+def _scored(index: int, score: Score, tokenizer: Tokenizer | None) -> Scored:
+    """A text; with its tokens where there is a tokenizer to spell them."""
+    return Scored(
+        index=index,
+        score=score.total_logprob,
+        logprob=score.total_logprob,
+        num_tokens=score.num_tokens,
+        perplexity=_finite(score.perplexity),
+        bits_per_byte=_finite(score.bits_per_byte),
+        tokens=None if tokenizer is None else _tokens(score, tokenizer),
+    )
 
 
 async def _continuations(
@@ -170,10 +173,8 @@ async def _continuations(
         Scored(index=index, score=each.score, logprob=each.total_logprob, num_tokens=each.num_tokens)
         for index, each in enumerate(ranked)
     ]
-    num_tokens = 0
-    for first, second in zip(firsts, seconds, strict=True):
-        num_tokens += len(await encode_text(first + second, model.llm.tokenizer))
-    return data, num_tokens
+    whole = [first + second for first, second in zip(firsts, seconds, strict=True)]
+    return data, sum(map(len, await encode_texts(whole, model.llm.tokenizer)))
 
 
 def _paired(first: str | list[str] | None, second: str | list[str] | None) -> tuple[list[str], list[str]]:

@@ -23,6 +23,7 @@ from modernbert_decoder.serving.protocol.service import (
 )
 from modernbert_decoder.serving.routes.beginning import BODY_ERRORS, errors
 from modernbert_decoder.serving.routes.embeddings import labels_of
+from modernbert_decoder.serving.routes.long_answers import long_json_response, made
 from modernbert_decoder.serving.routes.streaming import json_response
 from modernbert_decoder.serving.strict_json import StrictJsonRoute
 from modernbert_decoder.serving.token_texts import token_spelling
@@ -53,7 +54,7 @@ _METRICS_TYPE: Final = "text/plain; version=1.0.0; charset=utf-8"
     "/v1/models",
     summary="List the models",
     response_model=ModelList,
-    responses={**errors(401, 500)},
+    responses={**errors(401, 403, 500)},
     tags=["OpenAI"],
 )
 async def list_models(request: Request) -> Response:
@@ -66,7 +67,7 @@ async def list_models(request: Request) -> Response:
     "/v1/models/{model:path}",
     summary="Describe a model",
     response_model=ModelCard,
-    responses={**errors(401, 404, 500)},
+    responses={**errors(401, 403, 404, 500)},
     tags=["OpenAI"],
 )
 async def get_model(model: str, request: Request) -> Response:
@@ -96,6 +97,7 @@ def _card(model: ServedModel) -> ModelCard:
     return ModelCard(
         id=model.name,
         created=model.created,
+        parent=model.source.parent,
         ready=model.engine is not None,
         capabilities=capabilities,  # type: ignore[arg-type]
         max_logprobs=MAX_LOGPROBS,
@@ -117,10 +119,15 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     ids = await encode_text(body.prompt, tokenizer)
     if not body.add_special_tokens:
         del ids[0]
-    spelled = [token_spelling(tokenizer, token_id) for token_id in ids] if body.return_token_strs else None
-    return json_response(
-        TokenizeReply(count=len(ids), max_model_len=model.llm.max_context, tokens=ids, token_strs=spelled)
+    spelled = None
+    if body.return_token_strs:
+        spelled = await made(
+            lambda: [token_spelling(tokenizer, token_id) for token_id in ids], num_items=len(ids)
+        )
+    reply = TokenizeReply.model_construct(  # not checked again: there may be millions
+        count=len(ids), max_model_len=model.llm.max_context, tokens=ids, token_strs=spelled
     )
+    return await long_json_response(reply, num_items=len(ids))
 
 
 @router.post(
@@ -147,29 +154,47 @@ def _begin(request: Request, body: TokenizeRequest | DetokenizeRequest) -> Serve
     return model
 
 
-@router.get("/health", summary="Is the process alive?", response_model=Health, tags=["Operation"])
+@router.head("/health", include_in_schema=False)
+@router.get(
+    "/health",
+    summary="Is the process alive?",
+    response_model=Health,
+    responses={**errors(403)},
+    tags=["Operation"],
+)
 async def health() -> Response:
     """Answers as long as the server does."""
     return json_response(Health())
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get(
     "/ready",
     summary="Are requests taken?",
     response_model=Readiness,
-    responses={503: {"model": Readiness, "description": "Not yet, or not any more."}},
+    responses={
+        503: {"model": Readiness, "description": "Not yet, not any more, or a step of an engine hangs."},
+        **errors(403),
+    },
     tags=["Operation"],
 )
 async def ready(request: Request) -> Response:
-    """Ready once every model has been loaded, until the server is told to stop."""
-    registry = context_of(request).registry
-    state = registry.state
+    """Ready once every model has been loaded, until the server is told to stop.
+
+    Not ready, too, while an engine does not come to the end of a step, as one that hangs.
+    """
+    context = context_of(request)
+    registry, limit = context.registry, context.settings.step_timeout
+    is_ready = registry.state is State.READY
+    stalled = registry.stalled(limit) if is_ready else ()
+    reason = f"a step of {', '.join(stalled)} has been running for more than {limit:g} seconds"
     readiness = Readiness(
-        status=state.value,
+        status="stalled" if stalled else registry.state.value,
         models={model.name: model.engine is not None for model in registry},
+        reason=reason if stalled else None,
     )
     response = json_response(readiness)
-    response.status_code = 200 if state is State.READY else 503
+    response.status_code = 200 if is_ready and not stalled else 503
     return response
 
 
@@ -182,7 +207,7 @@ async def ready(request: Request) -> Response:
             "content": {"text/plain": {"schema": {"type": "string"}}},
             "description": "Prometheus' format.",
         },
-        **errors(401, 500),
+        **errors(401, 403, 500),
     },
     tags=["Operation"],
 )

@@ -1,0 +1,64 @@
+"""What the server answers is what the model answers alone, to the last digit, whatever it answers besides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from servers import RunningServer, events, running
+
+from modernbert_decoder import LLM, SamplingParams
+from modernbert_decoder.serving.settings import EngineSettings, parse_models
+
+DTYPES = ("float32", "int8", "int4", "w8a8")
+PROMPTS = ("Once", "Once upon a time there was a queen who " * 20, "The ship sailed on, and the wind " * 3)
+BODIES: list[dict[str, Any]] = [
+    {"prompt": prompt, "max_tokens": length, "ignore_eos": True, "logprobs": 1, **how}
+    for prompt, length in zip(PROMPTS, (11, 24, 30), strict=True)
+    for how in ({"temperature": 0}, {"seed": 5}, {"seed": 6, "n": 3})
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with running(parse_models([f"{dtype}=storyteller:{dtype}" for dtype in DTYPES])) as started:
+        yield started
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_requests_beside_others_are_answered_as_by_the_model_alone(server: RunningServer, dtype: str) -> None:
+    def answer(body: dict[str, Any]) -> list[tuple[str, list[float]]]:
+        if body.get("n"):
+            choices = server.post("/v1/completions", body).json()["choices"]
+            return [(choice["text"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+        chunks = events(server.post("/v1/completions", {**body, "stream": True}))
+        parts = [chunk["choices"][0] for chunk in chunks]
+        text = "".join(part["text"] for part in parts)
+        return [(text, [value for part in parts for value in part["logprobs"]["token_logprobs"]])]
+
+    with LLM("storyteller", dtype=dtype, batch_invariant=True) as llm:
+        expected = [alone(llm, body) for body in BODIES]
+    bodies = [{"model": dtype, **body} for body in BODIES]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(answer, [*bodies, *reversed(bodies)])) == [*expected, *reversed(expected)]
+
+
+def alone(llm: LLM, body: dict[str, Any]) -> list[tuple[str, list[float]]]:
+    settings = {name: value for name, value in body.items() if name != "prompt"}
+    (output,) = llm.generate(body["prompt"], SamplingParams(**settings))
+    found = []
+    for each in output.outputs:
+        assert each.logprobs is not None
+        chosen = [logprobs[token] for token, logprobs in zip(each.token_ids, each.logprobs, strict=True)]
+        found.append((each.text, [each.logprob for each in chosen]))
+    return found
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_the_engine_is_told_what_was_chosen(batch_invariant: bool) -> None:
+    settings = EngineSettings(batch_invariant=batch_invariant)
+    with running(parse_models(["storyteller"]), engine=settings) as started:
+        scheduler = started.engine("storyteller").llm._driver.scheduler
+        assert scheduler.is_batch_invariant is batch_invariant
