@@ -16,7 +16,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture, LayerKind, RotaryParameters
-from modernbert_decoder.checkpoint import Checkpoint, write_safetensors
+from modernbert_decoder.checkpoint import BUNDLED_MODEL, Checkpoint, find_checkpoint, write_safetensors
 from modernbert_decoder.engine.batch_invariance import Pairs
 from modernbert_decoder.engine.graph import build_graph
 from modernbert_decoder.engine.runtime import Row, Runtime
@@ -29,6 +29,7 @@ Tensors = dict[str, NDArray[Any]]
 Float32 = NDArray[np.float32]
 
 CLS, SEP, PAD = 256, 257, 258
+BUNDLED_ARCHITECTURE = DecoderArchitecture.from_folder(find_checkpoint(BUNDLED_MODEL))
 _TINY: Mapping[str, Any] = {
     "vocab_size": 320,  # more than the tokenizer has: ids 259 and up have no text
     "hidden_size": 64,

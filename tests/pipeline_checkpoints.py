@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints import tiny_architecture, write_checkpoint
+from checkpoints import BUNDLED_ARCHITECTURE, tiny_architecture, write_checkpoint
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.checkpoint import BUNDLED_MODEL, find_checkpoint
 
 IDS: Mapping[str, Any] = {
-    "vocab_size": 4096,
+    "vocab_size": BUNDLED_ARCHITECTURE.vocab_size,
     "pad_token_id": 3,
     "bos_token_id": 1,
     "cls_token_id": 1,

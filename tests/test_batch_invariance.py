@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "heads of 32": {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256},
     "heads of 128": {"hidden_size": 256},
     "a wide window": {"hidden_size": 128, "intermediate_size": 128, "window": 200},
-    "the bundled model's": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 384},
+    "width 192": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 384},
     "full layers only": {"hidden_size": 128, "layer_kinds": (LayerKind.FULL,) * 4},
 }
 FORMATS = [("float32", None), ("int8", None), ("int4", None), ("int4", "int4"), ("w8a8", None)]

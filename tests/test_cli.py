@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from checkpoints import BUNDLED_ARCHITECTURE
 from modernbert_decoder import __version__, machine
+from modernbert_decoder.architecture import LayerKind
 from modernbert_decoder.cli import bench, completion_options, main
 from modernbert_decoder.cli.application import COMMANDS
 from modernbert_decoder.cli.interrupts import interrupts_deferred
@@ -241,14 +243,23 @@ def test_run_classifies_and_extracts(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_info_shows_architecture_sizes_and_ceiling(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "info", "storyteller")
-    for words in ("full attention in 0, 3, 6", "window of 64", "3,410,944", "F16", "at most tokens/s"):
+    kinds = BUNDLED_ARCHITECTURE.layer_kinds
+    full = ", ".join(str(i) for i, kind in enumerate(kinds) if kind is LayerKind.FULL)
+    for words in (
+        f"full attention in {full}",
+        "window of 64",
+        f"{BUNDLED_ARCHITECTURE.num_parameters():,}",
+        "F16",
+        "at most tokens/s",
+    ):
         assert words in text
 
 
 def test_info_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(output(capsys, "info", "--json", "--threads", "1", "storyteller"))
     parts = report["parameters"]
-    assert parts["total"] == parts["embedding"] + parts["body"] + parts["head"] == 3_410_944
+    assert parts["total"] == parts["embedding"] + parts["body"] + parts["head"]
+    assert parts["total"] == BUNDLED_ARCHITECTURE.num_parameters()
     bandwidth = report["machine"]["read_bytes_per_second"]
     steps = [entry["bytes_per_step"] for entry in report["decode"]["formats"].values()]
     assert steps == sorted(steps, reverse=True)

@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
+from checkpoints import BUNDLED_ARCHITECTURE
 from modernbert_decoder.checkpoint import BUNDLED_MODEL, find_checkpoint
 from modernbert_decoder.cli import generate, main
 from modernbert_decoder.errors import InputError
@@ -113,7 +114,7 @@ def extend_tokenizer(model: Path) -> None:
 
 
 def move_eos_outside(model: Path) -> None:
-    change_config(model, eos_token_id=5000)
+    change_config(model, eos_token_id=50_000)
 
 
 def put_nan_into_a_matrix(model: Path) -> None:
@@ -148,8 +149,8 @@ DAMAGES = [
     (narrow_intermediate_size, "misshapen"),
     (drop_a_tensor, "1 missing: model.final_norm.weight"),
     (remove_tokenizer, "no tokenizer.json"),
-    (extend_tokenizer, "beyond the embedding's 4096 rows"),
-    (move_eos_outside, "eos_token_id is 5000"),
+    (extend_tokenizer, f"beyond the embedding's {BUNDLED_ARCHITECTURE.vocab_size} rows"),
+    (move_eos_outside, "eos_token_id is 50000"),
     (put_nan_into_a_matrix, "NaN"),
     (put_nan_into_a_norm, "NaN"),
     (leave_only_a_pickle, "Pickle files are refused"),
@@ -195,7 +196,10 @@ ARGUMENTS = [
     (("generate", "--temperature", "0", "--n", "2", PROMPT), "n must be 1 when temperature is 0"),
     (("generate", "--stop", "", PROMPT), "stop must not contain an empty string"),
     (("generate", "--logprobs", "1", PROMPT), "add --json"),
-    (("generate", "--json", "--logprobs", "5000", PROMPT), "size of the vocabulary (4096)"),
+    (
+        ("generate", "--json", "--logprobs", "50000", PROMPT),
+        f"size of the vocabulary ({BUNDLED_ARCHITECTURE.vocab_size})",
+    ),
     (("generate", "--threads", "0", PROMPT), "threads"),
     (("generate", "--threads", "100000", PROMPT), "threads"),
     (("generate", "--n", "1000000000", PROMPT), "n must be an integer, between 1 and 16384"),

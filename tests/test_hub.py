@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from checkpoints import BUNDLED_ARCHITECTURE
 from modernbert_decoder.checkpoint import BUNDLED_MODEL, Checkpoint, find_checkpoint
 from modernbert_decoder.errors import InputError, ModelNotFoundError
 
@@ -164,7 +165,7 @@ def test_a_download_fetches_only_what_is_needed_and_then_works_offline(hub: str,
     folder = Path(find("org/sound", tmp_path, endpoint=hub))
     expected = {path.name for path in BUNDLED.iterdir()} - {"README.md"}
     assert {path.name for path in folder.iterdir()} == expected
-    assert Checkpoint.open(folder).architecture.hidden_size == 192
+    assert Checkpoint.open(folder).architecture == BUNDLED_ARCHITECTURE
     nowhere = "http://127.0.0.1:9"
     assert find("org/sound", tmp_path, endpoint=nowhere, offline=True) == str(folder)
     assert find("org/sound", tmp_path, endpoint=nowhere) == str(folder)

@@ -189,7 +189,8 @@ from modernbert_decoder.engine.scoring import Scoring
 from modernbert_decoder.tokenizer import Tokenizer
 
 folder = find_checkpoint("storyteller")
-tokenizer = Tokenizer.from_folder(folder, Checkpoint.open(folder).architecture)
+architecture = Checkpoint.open(folder).architecture
+tokenizer = Tokenizer.from_folder(folder, architecture)
 text = "The old king sat by the fire, and told his daughters of the sea.\\n" * 64_000
 unit = 1 if __import__("sys").platform == "darwin" else 1024
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -199,7 +200,7 @@ assert len(tokenizer.encode_template(text, max_length=64)) == 64
 peaks.append(peak())
 (refused,) = tokenizer.encode_template_batch([text], max_length=64, truncation=None)
 peaks.append(peak())
-(scored,) = Scoring(tokenizer, vocab_size=4096, context=1024, stride=512).prepare([text])
+(scored,) = Scoring(tokenizer, vocab_size=architecture.vocab_size, context=1024, stride=512).prepare([text])
 assert len(scored.ids) == refused.num_tokens - 1
 peaks.append(peak())
 print(refused.num_tokens, *(later - peaks[0] for later in peaks[1:]))

@@ -14,12 +14,14 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints import BUNDLED_ARCHITECTURE
 from modernbert_decoder.architecture import DecoderArchitecture
 from modernbert_decoder.checkpoint import BUNDLED_MODEL, find_checkpoint
 from modernbert_decoder.errors import CheckpointError, InputError, ModelNotFoundError
 from modernbert_decoder.tokenizer import Tokenizer
 
 BUNDLED = find_checkpoint(BUNDLED_MODEL)
+VOCAB_SIZE = BUNDLED_ARCHITECTURE.vocab_size
 ODD_TEXTS = [
     "",
     " ",
@@ -305,17 +307,17 @@ def test_special_tokens_are_skipped_or_spelled(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_text(tokenizer.cls_token_id) == "[CLS]"
 
 
-@pytest.mark.parametrize("token_id", [-1, 4096, 10**12])
+@pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE, 10**12])
 def test_ids_beyond_the_vocabulary_are_refused(token_id: int) -> None:
     tokenizer = Tokenizer.from_folder(BUNDLED, architecture_of(BUNDLED))
     for call in (lambda: tokenizer.decode([5, token_id]), lambda: tokenizer.detokenizer().put(token_id)):
-        with pytest.raises(InputError, match=f"token id {token_id} is not between 0 and 4095"):
+        with pytest.raises(InputError, match=f"token id {token_id} is not between 0 and {VOCAB_SIZE - 1}"):
             call()
 
 
 def test_rows_of_the_embedding_without_a_token_decode_to_nothing() -> None:
-    tokenizer = Tokenizer.from_folder(BUNDLED, architecture_of(BUNDLED, vocab_size=4160))
-    assert tokenizer.decode([4100, *tokenizer.encode("hi"), 4159]) == "hi"
+    tokenizer = Tokenizer.from_folder(BUNDLED, architecture_of(BUNDLED, vocab_size=VOCAB_SIZE + 64))
+    assert tokenizer.decode([VOCAB_SIZE + 4, *tokenizer.encode("hi"), VOCAB_SIZE + 63]) == "hi"
 
 
 # --- files that do not fit --------------------------------------------------------------------------------
