@@ -198,3 +198,17 @@ def test_a_failed_rename_puts_the_previous_folder_back(
         write_folder(destination, lambda folder: (folder / "new").mkdir(), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (destination / "config.json").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_of_a_folder_are_readable_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").touch(mode=0o600)
+
+    before = os.umask(umask)
+    try:
+        write_folder(tmp_path / "model", write)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == mode

@@ -77,7 +77,10 @@ def write_folder(destination: Path, write: Callable[[Path], None], *, overwrite:
             destination.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             write(temporary)
+            readable = temporary.stat().st_mode & 0o444  # as far as the umask goes
             for path in temporary.rglob("*"):
+                # Libraries that write through temporary files of their own leave them to the owner alone.
+                path.chmod(path.stat().st_mode | readable)
                 _sync(path)
             _sync(temporary)
             _rename_folder(temporary, destination)
