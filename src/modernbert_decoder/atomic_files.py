@@ -77,16 +77,24 @@ def write_folder(destination: Path, write: Callable[[Path], None], *, overwrite:
             destination.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             write(temporary)
-            readable = temporary.stat().st_mode & 0o444  # as far as the umask goes
+            make_readable(temporary)
             for path in temporary.rglob("*"):
-                # Libraries that write through temporary files of their own leave them to the owner alone.
-                path.chmod(path.stat().st_mode | readable)
                 _sync(path)
             _sync(temporary)
             _rename_folder(temporary, destination)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def make_readable(folder: Path) -> None:
+    """Lets everybody read the files in a folder who may read the folder, as far as the umask went.
+
+    Libraries that write through temporary files of their own leave them to the owner alone.
+    """
+    readable = folder.stat().st_mode & 0o444
+    for path in folder.rglob("*"):
+        path.chmod(path.stat().st_mode | readable)
 
 
 def _check_destination(destination: Path, *, overwrite: bool) -> None:

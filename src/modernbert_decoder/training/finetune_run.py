@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from modernbert_decoder.atomic_files import new_file
+from modernbert_decoder.atomic_files import make_readable, new_file
 from modernbert_decoder.errors import CheckpointError, InputError
 from modernbert_decoder.training.adapters import ADAPTER_FOLDER, LoraSettings, save_adapter
 from modernbert_decoder.training.disk_errors import disk_errors_explained
@@ -381,6 +381,7 @@ def _leave(plan: FinetunePlan, model: Any, out: Path, report: Mapping[str, Any])
     }
     for name, text in texts.items():
         (staged / name).write_text(text, encoding="utf-8")
+    make_readable(staged)
     shutil.rmtree(out / ADAPTER_FOLDER, ignore_errors=True)
     for path in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, out / path.name)
