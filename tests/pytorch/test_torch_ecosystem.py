@@ -19,6 +19,7 @@ from transformers.models.modernbert_decoder.modeling_modernbert_decoder import (
 import modernbert_decoder.pytorch as wing
 from checkpoints import CLS, SEP, tiny_architecture, write_checkpoint
 from modernbert_decoder.pytorch import ModernBertDecoderForCausalLM
+from modernbert_decoder.pytorch.attention import BackEnd
 
 # Registering changes the library for the whole process, so it happens in one of its own.
 AUTO = """
@@ -270,3 +271,26 @@ def test_lora_trains_saves_and_merges(folder: Path, tmp_path: Path) -> None:
     base = ModernBertDecoderForCausalLM.from_pretrained(folder)
     merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().eval()
     assert error(merged(ids).logits, model(input_ids=ids).logits) < TOLERANCE
+
+
+def test_a_mask_is_moved_once_for_all_layers_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.Tensor] = []
+    original = torch.Tensor.to
+
+    def to(mask: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        moved.append(mask)
+        return original(mask, *arguments, **options)
+
+    attention = ours().model.layers[0].attn
+    mask = torch.zeros(1, 1, 3, 3)
+    back_end = BackEnd(
+        implementation="eager", masks={attention.kind: mask}, cache=None, slots=torch.arange(3)
+    )
+    elsewhere = torch.empty(1, 2, 3, 16, device="meta")
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for _ in range(3):
+        back_end(attention, elsewhere, elsewhere, elsewhere)
+    assert sum(each is mask for each in moved) == 1
+    here = torch.zeros(1, 2, 3, 16)
+    back_end(attention, here, here, here)
+    assert sum(each is mask for each in moved) == 1

@@ -43,6 +43,7 @@ class BackEnd:
     cache: AnyCache | None
     slots: Tensor
     options: Mapping[str, Any] = field(default_factory=dict)
+    _moved: dict[tuple[LayerKind, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(
         self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, /
@@ -55,7 +56,7 @@ class BackEnd:
         mask = self.masks[attention.kind]
         dropout = attention.dropout if attention.training else 0.0
         if isinstance(mask, BandMask):
-            numbers = mask.numbers.to(q.device)
+            numbers = self._moved_to(q.device, mask.numbers, attention.kind)
             mixed = banded_attention(q, k, v, numbers, dropout=dropout, scaling=attention.scaling)
             return mixed.flatten(2), None  # (B, T, C)
         if isinstance(mask, PackedMask):
@@ -65,7 +66,7 @@ class BackEnd:
         if is_causal and is_faster(q, dropout=dropout):
             return _causal(q, k, v, dropout=dropout, scaling=attention.scaling).flatten(2), None
         if isinstance(mask, Tensor):
-            mask = mask.to(q.device)  # layers may be spread over devices
+            mask = self._moved_to(q.device, mask, attention.kind)
         mixed, weights = attention_function(self.implementation)(
             attention,
             q,
@@ -78,6 +79,15 @@ class BackEnd:
             **options,
         )
         return mixed.flatten(2), weights  # (B, T, C)
+
+    def _moved_to(self, device: torch.device, mask: Tensor, kind: LayerKind) -> Tensor:
+        """A mask on the device of a layer, moved once for all layers that are there."""
+        if mask.device == device:
+            return mask
+        key = (kind, device)
+        if key not in self._moved:
+            self._moved[key] = mask.to(device)
+        return self._moved[key]
 
 
 def attention_function(implementation: str) -> AttentionFunction:
