@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -183,6 +184,46 @@ def test_a_place_that_a_call_takes_along_is_not_touched(int8: Runtime, num_slots
     now = [each[num_slots:] for pair in layers for each in pair]
     for before, after in zip(behind, now, strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+def test_at_the_end_of_the_context_a_call_takes_a_place_along_and_changes_nothing(
+    int8: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = random_ids(int8.architecture, 101)
+    first, second = int8.cache.allocate(), int8.cache.allocate()
+    int8.step([Row(second, ids[:50], 0)])
+    int8.step([Row(first, ids[:92], 0)])
+    behind = [each[1:2].copy() for pair in int8.cache.layers for each in pair]
+    calls = recorded(int8, monkeypatch)
+    (found,) = int8.step([Row(first, ids[92:])])
+    assert [call.input_ids.shape for call in calls] == [(2, 9)]  # no room for a tenth token
+    now = [each[1:2] for pair in int8.cache.layers for each in pair]
+    for before, after in zip(behind, now, strict=True):
+        np.testing.assert_array_equal(before, after)
+    found = found.copy()
+    int8.cache.reset()
+    whole = int8.cache.allocate()
+    int8.step([Row(whole, ids[:95], 0)])
+    np.testing.assert_array_equal(int8.step([Row(whole, ids[95:])])[0], found)
+
+
+def test_rows_that_only_look_like_decoding_get_their_own_logits(int8: Runtime) -> None:
+    ids = random_ids(int8.architecture, 40)
+
+    def begun() -> list[Slot]:
+        int8.cache.reset()
+        slots = [int8.cache.allocate(), int8.cache.allocate()]
+        for slot in slots:
+            int8.step([Row(slot, ids[: 20 + slot.index], 0)])
+        return slots
+
+    def last(slots: Sequence[Slot]) -> bytes:
+        return int8.step([Row(slots[0], [7], 0), Row(slots[1], [8], 1)])[1].tobytes()
+
+    expected = last(begun())
+    slots = begun()
+    int8.step([Row(slot, [9]) for slot in slots])  # a call of the same size, which is kept
+    assert last(begun()) == expected
 
 
 @pytest.mark.parametrize(
@@ -406,7 +447,7 @@ def test_completions_behind_an_event_loop_are_those_of_the_model_alone(
     assert asyncio.run(main()) == alone
 
 
-def test_a_prompt_fills_the_context_to_its_last_token() -> None:
+def test_a_prompt_may_be_as_long_as_the_context_allows() -> None:
     for max_context in (98, 99, 300, 301):
         with opened("int8", max_slots=1) as llm:
             expected = llm.generate([list(range(10, 10 + max_context - 1))], GREEDY_ONE)
@@ -445,3 +486,50 @@ def test_what_the_prefix_cache_holds_is_dropped_when_the_option_changes() -> Non
         assert prefix_cache.num_entries
         asyncio.run(AsyncLLM(llm).close())
         assert not prefix_cache.num_entries
+
+
+def test_a_prompt_that_was_begun_otherwise_is_kept_for_nobody() -> None:
+    prompt = list(range(10, 340))
+    options = {"batch_invariant": False, "prefix_cache_bytes": 1 << 26, "chunk_size": 63}
+    with opened("int8", **options) as llm:
+        scheduler = llm._driver.scheduler
+        assert scheduler.prefix_cache is not None
+        llm._driver.submit([llm._completions.requests(prompt, GREEDY)])
+        for _ in range(3):
+            llm._driver.step()
+        scheduler.is_batch_invariant = True
+        while scheduler.has_work:
+            llm._driver.step()
+        assert not scheduler.prefix_cache.num_entries
+        llm.generate([prompt], GREEDY)
+        assert not scheduler.prefix_cache.num_hit_tokens
+        llm.generate([prompt], GREEDY)
+        assert scheduler.prefix_cache.num_hit_tokens == len(prompt) - 2
+
+
+@pytest.mark.parametrize("num_shared", [64, 65, 66, 129])
+def test_a_common_beginning_is_kept_wherever_it_ends_in_a_chunk(num_shared: int) -> None:
+    shared = list(range(10, 10 + num_shared))
+    prompts = [[*shared, *range(1000 * i, 1000 * i + 30)] for i in range(1, 5)]
+    with opened("int8", prefix_cache_bytes=1 << 26, chunk_size=64) as llm:
+        prefix_cache = llm._driver.scheduler.prefix_cache
+        assert prefix_cache is not None
+        hits = []
+        for prompt in prompts:
+            before = prefix_cache.num_hit_tokens
+            llm.generate([prompt], GREEDY_ONE)
+            hits.append(prefix_cache.num_hit_tokens - before)
+    assert hits[2:] == [num_shared] * 2
+
+
+def test_a_forgotten_event_loop_does_not_change_the_models_own_choice() -> None:
+    async def main(llm: LLM) -> None:
+        forgotten = AsyncLLM(llm)
+        del forgotten
+        gc.collect()
+        async with AsyncLLM(llm):
+            pass
+
+    with opened("float32", batch_invariant=False) as llm:
+        asyncio.run(main(llm))
+        assert not llm._driver.scheduler.is_batch_invariant

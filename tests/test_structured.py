@@ -331,3 +331,22 @@ def test_an_error_is_told_without_the_whole_constraint(tiny: LLM, wanted: dict[s
 def test_what_is_wrong_with_an_expression_is_told(tiny: LLM) -> None:
     with pytest.raises(InputError, match="unclosed group"):
         tiny.check_structured(StructuredOutput(regex="(" * 2))
+
+
+def test_two_that_compile_one_constraint_at_once_share_what_is_kept(
+    storyteller: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constraints = storyteller._constraints
+    wanted = StructuredOutput(regex="never seen before [0-9]")
+    compile_one = constraints._compile
+    quicker = []
+
+    def compile_while_another_does(structured: StructuredOutput) -> Any:
+        matcher = compile_one(structured)
+        if not quicker:
+            quicker.append(None)
+            quicker[0] = constraints.compiled(structured)
+        return matcher
+
+    monkeypatch.setattr(constraints, "_compile", compile_while_another_does)
+    assert constraints.compiled(wanted) is quicker[0]

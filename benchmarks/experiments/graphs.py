@@ -147,7 +147,7 @@ class PackedTokens(Shipped):
     """T valid tokens in the linear layers, gathered to (B, S) in front of each attention and back behind.
 
     Further inputs: `padded_tokens` (B, S) int64, the token of every place; `valid_tokens` (T,) int64, the
-    place of every token. `input_ids` is (T,).
+    place of every token. `input_ids` is (T,), and `kept_positions` are among these T.
     """
 
     def multi_op(

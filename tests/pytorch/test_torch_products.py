@@ -167,3 +167,14 @@ def test_products_are_chosen_for_training_in_bfloat16(monkeypatch: pytest.Monkey
     assert products.is_faster(q, dropout=0.0)
     with torch.no_grad():
         assert not products.is_faster(q, dropout=0.0)
+
+
+def test_functional_transforms_get_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_has_bfloat16_products", lambda: True)
+    q = torch.ones(1, 1, 4, 8, dtype=torch.bfloat16)
+
+    def total(x: Tensor) -> Tensor:
+        return packed_attention(x, x, x, [(4,)], dropout=0.0, scaling=1.0).float().sum()
+
+    assert torch.func.grad(total)(q).isfinite().all()
+    assert not torch.func.vmap(lambda x: x * products.is_faster(x, dropout=0.0))(q.requires_grad_()).any()

@@ -169,7 +169,6 @@ class AsyncLLM:
             before_reading=self._desk.check,
         )
         self._is_closed = False
-        self._was_batch_invariant = self._engine.scheduler.is_batch_invariant
         self._set_batch_invariant(batch_invariant)
         # Of an AsyncLLM that is dropped without having been closed, running requests go on to their ends.
         weakref.finalize(self, self._engine.detach).atexit = False
@@ -353,7 +352,7 @@ class AsyncLLM:
         await self.drain(0)
         if not self._is_closed:
             self._is_closed = True
-            self._set_batch_invariant(self._was_batch_invariant)
+            self._set_batch_invariant(self._llm.batch_invariant)
         self._desk.close()
         self._engine.close()
 

@@ -190,6 +190,7 @@ class LLM:
             speculator=self._speculator,
         )
         self._driver = Driver(scheduler)
+        self.batch_invariant = batch_invariant
         scheduler.is_batch_invariant = batch_invariant
         self._completions = Completions(
             self._driver,

@@ -301,6 +301,8 @@ class PrefixCache:
             # Most differ in the tokens behind those that are known, and are not looked at any further.
             if other is request or other.prompt_ids[last] != request.prompt_ids[last]:
                 continue
+            if not other.is_shareable:
+                continue
             length = common_length(ids, self._reusable(other))
             if length >= wanted:
                 partings[other] = length
@@ -335,6 +337,8 @@ class PrefixCache:
 
     def keep(self, request: Request) -> None:
         """Makes a mark behind what has been prefilled so far, if it is worth its memory."""
+        if not request.is_shareable:
+            return
         assert request.row is not None
         done, num_prompt = request.num_prefilled, len(request.prompt_ids)
         is_wanted = done == num_prompt or done in request.pauses
@@ -344,7 +348,9 @@ class PrefixCache:
 
     def keep_completion(self, request: Request) -> None:
         """Makes a mark at the end of a completion; of several of one prompt, nobody knows which goes on."""
-        if self.is_batch_invariant or request.finish_reason not in ("stop", "length") or request.params.n > 1:
+        if self.is_batch_invariant or not request.is_shareable or request.params.n > 1:
+            return
+        if request.finish_reason not in ("stop", "length"):
             return
         assert request.row is not None
         slot = request.row.slot

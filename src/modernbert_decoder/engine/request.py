@@ -25,6 +25,7 @@ class Request:
     Attributes:
         row: its slot and next tokens while it is being decoded.
         num_prefilled: prompt tokens already in the cache.
+        is_shareable: whether keys and values that are computed for it may be kept for others.
         pauses: where in the prompt a chunk must end, so that what was computed can be kept for others.
         awaited: a request, and how far it must be prefilled until this one begins, which shares so much.
         siblings: the other completions of the same prompt that wait for this one's prefill.
@@ -53,6 +54,7 @@ class Request:
         "finished_at",
         "first_token_at",
         "index",
+        "is_shareable",
         "max_tokens",
         "num_prefilled",
         "params",
@@ -86,6 +88,7 @@ class Request:
         self.siblings: list[Request] = []
         self.row: Row | None = None
         self.num_prefilled = 0
+        self.is_shareable = True
         self.pauses: Sequence[int] = ()
         self.awaited: tuple[Request, int] | None = None
         self.token_ids: list[int] = []

@@ -88,7 +88,8 @@ class Runtime:
         cache: the slots.
         is_batch_invariant: whether logits are the same to the last bit whatever rows are fed together, and
             however a text is cut into rows of two tokens or more. Of a row of one token they are others, as
-            attention then sums in another order.
+            attention then sums in another order, and so may those of a long row be that wants the logits of
+            more than its last tokens, which is not cut.
         network_seconds: time spent inside session calls so far.
         num_calls: session calls so far.
     """
@@ -118,8 +119,8 @@ class Runtime:
         self.num_calls = 0
         self._held = [np.asarray(array) for array in weights.values()]
         self._session = open_session(graph, list(weights), self._held, threads=threads, providers=providers)
-        # By first slot, number of rows and shape.
-        self._kept: dict[tuple[int, int, CallShape], _Call] = {}
+        # By first slot, number of rows, shape, and whether all of them decode.
+        self._kept: dict[tuple[int, int, CallShape, bool], _Call] = {}
         # One row of logits per slot for all single-token calls; other calls bring rows of their own.
         self._decode_logits = SlotBuffer(
             (num_slots, architecture.vocab_size), slot_bytes=4 * architecture.vocab_size, num_spare=1
@@ -250,7 +251,7 @@ class Runtime:
         if self.is_batch_invariant:
             most = max(row.slot.length for row in rows) + longest
             shape = self._pairs.padded(shape, has_room=most < self.cache.capacity)
-        key = (first, len(rows), shape)
+        key = (first, len(rows), shape, is_decode)
         if key in self._kept:
             return self._kept[key]
         if is_decode:

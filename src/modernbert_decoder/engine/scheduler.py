@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from modernbert_decoder.engine.batch_invariance import chunk_end
+from modernbert_decoder.engine.batch_invariance import FEWEST_TOKENS, chunk_end
 from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.prefix_cache import PrefixCache
 from modernbert_decoder.engine.request import Request
@@ -122,7 +122,10 @@ class Scheduler:
         self._runtime.is_batch_invariant = value
         if self.prefix_cache is not None:
             self.prefix_cache.is_batch_invariant = value
-            self.prefix_cache.clear()  # what it holds was computed otherwise
+            # What it holds was computed otherwise, and so was the beginning of whatever runs now.
+            self.prefix_cache.clear()
+            for request in self._live:
+                request.is_shareable = request.row is None
 
     def check(self, requests: Sequence[Request]) -> None:
         """Refuses the completions of a prompt if they could never be admitted.
@@ -255,10 +258,10 @@ class Scheduler:
             if not self._begin(request):
                 continue
             end = min(request.num_prefilled + min(budget, most), len(request.prompt_ids))
-            if self.prefix_cache is not None:
-                end = self.prefix_cache.chunk_end(request, end)
             if self.is_batch_invariant:
-                end = chunk_end(request.num_prefilled, end, len(request.prompt_ids))
+                end = self._paired_end(request, end)
+            elif self.prefix_cache is not None:
+                end = self.prefix_cache.chunk_end(request, end)
             row.token_ids = request.prompt_ids[request.num_prefilled : end]
             row.num_logits = int(end == len(request.prompt_ids))
             chosen.append((request, row))
@@ -273,6 +276,13 @@ class Scheduler:
                 self.prefix_cache.keep(request)
             if request.num_prefilled == len(request.prompt_ids):
                 self._start_decoding(request, logits[0])
+
+    def _paired_end(self, request: Request, end: int) -> int:
+        """Where a chunk that could reach `end` ends: at a pause, if not before, and never with one token."""
+        start, stops = request.num_prefilled, [len(request.prompt_ids)]
+        if self.prefix_cache is not None:
+            stops = [*(pause for pause in request.pauses if pause - start >= FEWEST_TOKENS), *stops]
+        return chunk_end(start, min(end, stops[0]), stops[0])
 
     def _shares(self) -> list[tuple[Request, int]]:
         """Prompts in the order in which this step feeds them, and most tokens for each.

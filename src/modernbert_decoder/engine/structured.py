@@ -205,7 +205,8 @@ class Constraints:
         if matcher is None:  # compiled outside of the lock: a slow one holds nobody else up
             matcher = self._compile(structured)
         with self._lock:
-            self._held[structured] = self._kept[structured] = matcher
+            matcher = self._held.setdefault(structured, matcher)  # another thread may have been quicker
+            self._kept[structured] = matcher
             self._kept.move_to_end(structured)
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)

@@ -112,18 +112,18 @@ def packed_attention(
     rows_of: dict[tuple[int, ...], list[int]] = {}
     for row, of_row in enumerate(lengths):
         rows_of.setdefault(tuple(of_row), []).append(row)
+    order = torch.tensor([row for rows in rows_of.values() for row in rows], device=q.device)
+    if len(rows_of) > 1:
+        q, k, v = (x.index_select(0, order) for x in (q, k, v))
+    # The backward pass of one split is one concatenation; slices would each fill a whole gradient.
+    sizes = [len(rows) for rows in rows_of.values()]
+    groups = zip(*(x.split_with_sizes(sizes) for x in (q, k, v)), strict=True)
     mixed = []
-    for of_rows, rows in rows_of.items():  # rows that are cut alike attend together
-        index = torch.tensor(rows, device=q.device)
-        of_group = (q, k, v) if len(rows_of) == 1 else (x.index_select(0, index) for x in (q, k, v))
-        # The backward pass of one split is one concatenation; slices would each fill a whole gradient.
-        pieces = zip(*(x.split_with_sizes(list(of_rows), dim=2) for x in of_group), strict=True)
+    for of_rows, group in zip(rows_of, groups, strict=True):  # rows that are cut alike attend together
+        pieces = zip(*(x.split_with_sizes(list(of_rows), dim=2) for x in group), strict=True)
         parts = [_causal(*piece, dropout=dropout, scaling=scaling) for piece in pieces]
         mixed.append(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
-    if len(mixed) == 1:
-        return mixed[0]
-    order = torch.tensor([row for rows in rows_of.values() for row in rows], device=q.device)
-    return torch.cat(mixed).index_select(0, order.argsort())
+    return torch.cat(mixed).index_select(0, order.argsort()) if len(mixed) > 1 else mixed[0]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, scaling: float) -> Tensor:

@@ -22,6 +22,8 @@ def is_faster(q: Tensor, *, dropout: float) -> bool:
     """Whether products beat the fused kernel: for gradients in bfloat16, on CPUs with instructions for it."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or dropout or torch.compiler.is_compiling():
         return False
+    if torch._C._are_functorch_transforms_active():  # which take no function of this kind
+        return False
     return q.requires_grad and torch.is_grad_enabled() and _has_bfloat16_products()
 
 
@@ -57,7 +59,8 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
         q = q * scaling
-        mask = mask.clamp(min=torch.finfo(q.dtype).min)  # padding sees nothing, and must not become NaN
+        # A padded token that sees nothing would become NaN; so it sees all keys alike, and nobody reads it.
+        mask = mask.clamp(min=torch.finfo(q.dtype).min)
         weights = (q @ k.transpose(-1, -2)).add_(mask).softmax(dim=-1)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scaling = scaling
