@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,8 @@ def test_labels_of_two_workers_are_those_of_one_process_even_if_a_worker_dies(
 def test_what_a_worker_cannot_do_is_the_users_error(files: list[str]) -> None:
     with pytest.raises(InputError, match=r"a worker cannot go on: storyteller.*cannot classify"):
         map_files(Classify(), files, "out.csv", model="storyteller", ray=TWO_WORKERS)
+    # One that asked Ray for something after its shutdown would end the process.
+    assert not [each.name for each in threading.enumerate() if each.name.startswith("StreamingExecutor")]
 
 
 def test_an_address_where_nobody_listens_is_told_at_once(

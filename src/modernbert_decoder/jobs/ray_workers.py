@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Generator, Iterator, Sequence
+import threading
+from collections.abc import Generator, Iterator, Sequence, Set
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 LOCAL: Final = "local"
 _CONNECT_SECONDS: Final = 10.0
 _MAX_RAY_BLOCKS: Final = 4096  # of Ray Data; each costs a task
+# How Ray Data names the threads that execute a data set and hand on its rows.
+_EXECUTING: Final = ("StreamingExecutor", "iter_threaded", "ray-data-metadata", "Prefetcher")
+_STOP_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,8 @@ def compute_with_ray(
     if not items:
         return
     joined_here = _join(ray, options)
+    earlier = set(threading.enumerate())
+    rows: Iterator[dict[str, Any]] = iter(())
     try:
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         workers, threads = shares(options, nodes, num_blocks=len(items))
@@ -77,7 +83,8 @@ def compute_with_ray(
             compute=ray_data.ActorPoolStrategy(size=workers),
             num_cpus=threads,
         )
-        for row in dataset.iter_rows():
+        rows = iter(dataset.iter_rows())
+        for row in rows:
             if row["problem"]:
                 raise InputError(f"a worker cannot go on: {row['problem']}")
             yield ComputedBlock(
@@ -87,8 +94,19 @@ def compute_with_ray(
                 end=Position(int(row["end_file"]), int(row["end_offset"]), int(row["end_row"])),
             )
     finally:
+        del rows  # which stops what still runs
+        _await_threads(earlier)
         if joined_here:
             ray.shutdown()
+
+
+def _await_threads(earlier: Set[threading.Thread]) -> None:
+    """Waits for the threads that execute a data set: one that asked Ray for something after `shutdown` would
+    end the process.
+    """
+    for thread in set(threading.enumerate()) - earlier:
+        if thread.name.startswith(_EXECUTING):
+            thread.join(_STOP_SECONDS)
 
 
 class BlockWorker:
