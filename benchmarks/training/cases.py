@@ -18,6 +18,11 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-5
 
 
+# Of documents: as they come, which is at random; or by upstream's `train_sampling_strategy`.
+RANDOM = "random"
+GROUPED = "group_by_length"
+
+
 @dataclass(frozen=True)
 class Way:
     """How one side trains.
@@ -26,14 +31,16 @@ class Way:
         runtime: ours or upstream's.
         name: as readers see it.
         at_once: upstream's `per_device_train_batch_size`; of ours, sequences at once.
-        sampling: upstream's `train_sampling_strategy`; ours has none.
+        order: of the documents.
+        is_flattened: upstream's documents stand in one row, without padding.
         precision: float32, or bfloat16 autocast.
     """
 
     runtime: str
     name: str
     at_once: int
-    sampling: str = ""
+    order: str = RANDOM
+    is_flattened: bool = False
     precision: str = "float32"
 
     @property
@@ -49,7 +56,7 @@ class Workload:
     Attributes:
         shortest: tokens of the shortest document, [CLS] and [SEP] included.
         longest: of the longest one.
-        num_documents: to draw from; more than a round takes, so that length groups have a choice.
+        num_documents: of an epoch; more than a round takes, so that length groups have a choice.
         documents_per_step: of the optimizer, on upstream's side.
         steps: of the optimizer in a round.
         check_steps: in which both sides get the same documents.
@@ -70,9 +77,18 @@ class Workload:
         return self.shortest + self.longest
 
     @property
+    def mean_length(self) -> int:
+        """Tokens of a document."""
+        return self.sequence_length // 2
+
+    @property
     def sequences_per_step(self) -> int:
         """Of ours, which hold as many tokens as upstream's documents do in the mean."""
         return self.documents_per_step // 2
+
+    def tokens_at_once(self, way: Way) -> int:
+        """Of a micro-batch, padding apart; of upstream's, in the mean."""
+        return way.at_once * (self.sequence_length if way.runtime == OURS else self.mean_length)
 
     def with_precisions(self, precisions: Iterable[str]) -> Workload:
         """The same with the ways of these precisions only."""
@@ -100,8 +116,8 @@ def available_precisions(flags: Iterable[str]) -> tuple[str, ...]:
     return PRECISIONS if has_bfloat16 else PRECISIONS[:1]
 
 
-_PACKED = Way(OURS, "packed", 1)
-_GROUPED = Way(UPSTREAM, "grouped by length", 8, "group_by_length")
+_PACKED = Way(OURS, "packed, 1 at once", 1)
+_LENGTH_GROUPS = Way(UPSTREAM, "grouped by length, 8 at once", 8, GROUPED)
 FULL = Workload(
     shortest=128,
     longest=1024,
@@ -110,20 +126,28 @@ FULL = Workload(
     steps=2,
     check_steps=2,
     ways=(
-        Way(UPSTREAM, "random order", 8, "random"),
-        _GROUPED,
-        Way(UPSTREAM, "single documents", 1, "random"),
+        Way(UPSTREAM, "random order, 8 at once", 8),
+        _LENGTH_GROUPS,
+        Way(UPSTREAM, "grouped by length, 2 at once", 2, GROUPED),
+        Way(UPSTREAM, "flattened, 8 at once", 8, is_flattened=True),
+        Way(UPSTREAM, "flattened, 2 at once", 2, is_flattened=True),
+        Way(UPSTREAM, "single documents", 1),
         _PACKED,
-        replace(_GROUPED, precision="bfloat16"),
+        Way(OURS, "packed, 4 at once", 4),
+        replace(_LENGTH_GROUPS, precision="bfloat16"),
         replace(_PACKED, precision="bfloat16"),
     ),
 )
 QUICK = Workload(
     shortest=8,
     longest=24,
-    num_documents=32,
+    num_documents=64,
     documents_per_step=4,
     steps=1,
     check_steps=2,
-    ways=(replace(_GROUPED, at_once=4), _PACKED),
+    ways=(
+        Way(UPSTREAM, "grouped by length, 4 at once", 4, GROUPED),
+        Way(UPSTREAM, "flattened, 2 at once", 2, is_flattened=True),
+        _PACKED,
+    ),
 )

@@ -6,7 +6,7 @@ Written as files that both sides read; knows no model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from benchmarks.training.cases import Workload
 IDS_KEY = "ids"
 _SEED = 5
 # [CLS] and [SEP], which both sides put around a document.
-_NUM_FRAMING = 2
+NUM_FRAMING = 2
 # Zipf's law, flattened for the most frequent words.
 _FLATTENING = 10
 
@@ -27,7 +27,7 @@ def write_documents(path: Path, load: Workload) -> Path:
     """The documents of a workload, as JSON lines."""
     random = np.random.default_rng(_SEED)
     lengths = random.integers(load.shortest, load.longest, size=load.num_documents, endpoint=True)
-    return _write(path, lengths, random)
+    return write(path, _drawn(lengths, random))
 
 
 def write_pairs(path: Path, load: Workload) -> Path:
@@ -37,7 +37,14 @@ def write_pairs(path: Path, load: Workload) -> Path:
     random = np.random.default_rng(_SEED + 1)
     count = load.check_steps * load.sequences_per_step
     first = random.integers(load.shortest, load.longest, size=count, endpoint=True)
-    return _write(path, np.stack((first, load.sequence_length - first), axis=1).ravel(), random)
+    return write(path, _drawn(np.stack((first, load.sequence_length - first), axis=1).ravel(), random))
+
+
+def write(path: Path, documents: Iterable[Sequence[int]]) -> Path:
+    """A file of these documents, each without [CLS] and [SEP]."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({IDS_KEY: list(ids)}) + "\n" for ids in documents)
+    return path
 
 
 def read_documents(path: Path) -> list[list[int]]:
@@ -46,11 +53,8 @@ def read_documents(path: Path) -> list[list[int]]:
         return [json.loads(line)[IDS_KEY] for line in file]
 
 
-def _write(path: Path, lengths: Iterable[int], random: np.random.Generator) -> Path:
+def _drawn(lengths: Iterable[int], random: np.random.Generator) -> Iterator[list[int]]:
     shares: NDArray[np.float64] = 1.0 / (np.arange(PROMPT_ID_LIMIT) + _FLATTENING)
     shares /= shares.sum()
-    with path.open("w", encoding="utf-8") as file:
-        for length in lengths:
-            ids = random.choice(PROMPT_ID_LIMIT, size=int(length) - _NUM_FRAMING, p=shares)
-            file.write(json.dumps({IDS_KEY: ids.tolist()}) + "\n")
-    return path
+    for length in lengths:
+        yield random.choice(PROMPT_ID_LIMIT, size=int(length) - NUM_FRAMING, p=shares).tolist()

@@ -24,8 +24,6 @@ from modernbert_decoder.training.trainer import PretrainingTrainer
 
 # The processor's speed is not measured for the report of the run.
 _PEAK_FLOPS = 1e12
-# Read ahead: as many as a short run needs, where a long one would spread the reading of more over its steps.
-_SHUFFLED_DOCUMENTS = 64
 
 
 class PackedWorker:
@@ -47,21 +45,17 @@ class PackedWorker:
         sequence_length: int,
         sequences_per_step: int,
         at_once: int,
-        is_in_order: bool = False,
     ) -> Mapping[str, Any]:
         """Some steps from the weights of the model folder.
 
         Args:
-            documents: a file of them.
+            documents: a file of them, taken in its order.
             precision: float32 or bfloat16.
             steps: of the optimizer.
             sequence_length: in tokens.
             sequences_per_step: of the optimizer.
             at_once: sequences of a micro-batch.
-            is_in_order: take the documents as they stand in the file.
         """
-        data = {"files": [documents], "ids_key": IDS_KEY}
-        data_order = {"shuffle_documents": 1 if is_in_order else _SHUFFLED_DOCUMENTS}
         phase = {
             "name": "benchmark",
             "tokens": steps * sequences_per_step * sequence_length,
@@ -73,7 +67,7 @@ class PackedWorker:
             "name": "benchmark",
             "model": {"checkpoint": self._model},
             "tokenizer": {"source": self._model},
-            "data": data | data_order,
+            "data": {"files": [documents], "ids_key": IDS_KEY, "shuffle_documents": 1},
             "optimizer": {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
             "phases": [phase],
             "run": {

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.machine import describe_machine, harness_versions, slug
-from benchmarks.peers import CACHE
-from benchmarks.protocol import REPOSITORY
-from benchmarks.results import from_json
+from benchmarks.machine import describe_machine, harness_versions
+from benchmarks.publishing import Publication
 from benchmarks.session import report
 from benchmarks.summary import Spread
 from benchmarks.wing.cases import QUICK, SIZES, tasks_of, workload_of
@@ -84,45 +80,13 @@ def is_complete(results: WingResults) -> bool:
     }
 
 
-def publish(results: WingResults) -> None:
-    """Write the page."""
-    (REPOSITORY / "docs" / "benchmarks-pytorch.md").write_text(page(results), encoding="utf-8")
-    report("wrote docs/benchmarks-pytorch.md")
-
-
-def load(path: Path) -> WingResults:
-    """Results that a run wrote.
-
-    Raises:
-        ValueError: another format.
-    """
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored.get("format") != FORMAT:
-        raise ValueError(f"{path.name} has format {stored.get('format')!r}, this version reads {FORMAT}")
-    return from_json(WingResults, stored)
+PUBLICATION = Publication(WingResults, FORMAT, "pytorch", "benchmarks-pytorch.md", page, is_complete)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure or render."""
     options = parse(arguments)
-    if options.render:
-        results = load(options.render)
-        if not is_complete(results):
-            report("not published: tasks are missing from this run")
-            return 2
-        publish(results)
-        return 0
-    results = measure(options)
-    folder = REPOSITORY / "benchmarks" / "results" if is_complete(results) else CACHE / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{results.date}-{slug(results.machine['cpu'])}-pytorch.json"
-    path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
-    report(f"wrote {path.name}")
-    if is_complete(results):
-        publish(results)
-    else:
-        print(page(results))
-    return 0
+    return PUBLICATION.render(options.render) if options.render else PUBLICATION.store(measure(options))
 
 
 if __name__ == "__main__":

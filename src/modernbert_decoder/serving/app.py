@@ -62,14 +62,15 @@ def create_app(settings: ServerSettings, *, open_model: OpenModel | None = None)
         app.include_router(router)
     install_handlers(app, fields_of)
     app.state.request_log = RequestLog(metrics, endpoint_of=_endpoints(routers))
-    _add_layers(app, settings)
+    names = settings.host_names
+    _add_layers(app, settings, names)
 
     def openapi() -> dict[str, Any]:  # anew each time: what models can do is known when they are loaded
         return document(
             app,
             registry=registry,
             has_keys=bool(settings.api_keys),
-            compares_hosts=settings.host_names is not None,
+            compares_hosts=names is not None,
         )
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -86,7 +87,7 @@ def _endpoints(routers: Sequence[APIRouter]) -> Callable[[str], str | None]:
     return endpoint_of
 
 
-def _add_layers(app: FastAPI, settings: ServerSettings) -> None:
+def _add_layers(app: FastAPI, settings: ServerSettings, names: Sequence[str] | None) -> None:
     """The last one added is the outermost."""
     app.add_middleware(BodyLimit, max_bytes=settings.max_body, seconds=settings.body_timeout)
     app.add_middleware(ApiKeys, keys=settings.api_keys)
@@ -98,7 +99,6 @@ def _add_layers(app: FastAPI, settings: ServerSettings) -> None:
             allow_headers=("Authorization", "Content-Type"),
             expose_headers=_EXPOSED_HEADERS,
         )
-    names = settings.host_names
     if names is not None:
         app.add_middleware(AllowedHosts, names=names)
     app.add_middleware(AccessLog, log=app.state.request_log)

@@ -1,7 +1,7 @@
 """Connections with little patience: clients that send half a request, or take nothing, are cut off in time.
 
-It is uvicorn's own protocol with two clocks and a limit for the head of a request, which the parser does not
-have. What cannot be read as a request is refused here, since nothing behind ever sees it.
+It is uvicorn's own protocol with two clocks and a limit for the head of a request and for the fields behind its
+body, which the parser does not have. What cannot be read as a request is refused here, since nothing behind ever sees it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ _TOO_LARGE: Final = ApiError(
 _NOT_HTTP: Final = ApiError(400, "this is not a request of HTTP/1.1", code="invalid_http")
 
 
+class _TooManyBytesError(Exception):
+    """The fields of a request are too large."""
+
+
 def impatient_protocol(
     *, head_seconds: float, write_seconds: float, log: RequestLog
 ) -> type[HttpToolsProtocol]:
@@ -42,7 +46,8 @@ def impatient_protocol(
             super().__init__(*args, **kwargs)
             self._head_clock = _Clock(head_seconds)
             self._write_clock = _Clock(write_seconds)
-            self._is_in_head, self._num_head_bytes = False, 0
+            self._is_in_head = self._is_in_message = self._has_body_come = False
+            self._num_field_bytes = self._num_fed_bytes = 0
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -51,24 +56,44 @@ def impatient_protocol(
         def data_received(self, data: bytes) -> None:
             if not self._head_clock.is_running and self._is_between_requests():
                 self._head_clock.start(self.transport.abort)
+            self._has_body_come = False
             super().data_received(data)
             if not self._is_between_requests():
                 self._head_clock.stop()
-            if self._is_in_head:
-                self._num_head_bytes += len(data)
-                if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                    self._refuse(_TOO_LARGE)
+            # Whole fields are counted where they come, and one that never ends here.
+            self._num_fed_bytes = 0 if self._has_body_come else self._num_fed_bytes + len(data)
+            is_too_large = self._is_in_message and self._num_fed_bytes > MAX_HEAD_BYTES
+            if is_too_large and not self.transport.is_closing():
+                self._refuse(_TOO_LARGE)
 
         def send_400_response(self, msg: str) -> None:
-            self._refuse(_NOT_HTTP)
+            self._refuse(_TOO_LARGE if self._num_field_bytes > MAX_HEAD_BYTES else _NOT_HTTP)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._is_in_head, self._num_head_bytes = True, 0
+            self._is_in_head = self._is_in_message = True
+            self._num_field_bytes = self._num_fed_bytes = 0
+
+        def on_url(self, url: bytes) -> None:
+            self._count(url)
+            super().on_url(url)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            self._count(name, value)
+            if self._is_in_head:  # a field behind the body says nothing of the request
+                super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             self._is_in_head = False
             super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._has_body_come = True
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._is_in_message = False
+            super().on_message_complete()
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -87,12 +112,20 @@ def impatient_protocol(
             cycle: RequestResponseCycle | None = self.cycle  # None at first, other than its type says
             return cycle is None or cycle.response_complete
 
+        def _count(self, *parts: bytes) -> None:
+            self._num_field_bytes += sum(map(len, parts))
+            if self._num_field_bytes > MAX_HEAD_BYTES:
+                raise _TooManyBytesError  # which has the parser stop, and uvicorn refuse the request
+
         def _refuse(self, error: ApiError) -> None:
-            """Closes the connection; with an answer, unless another one is on its way."""
-            record = new_record(self.client)
-            if self._is_between_requests() or not self.cycle.response_started:
+            """Closes the connection; with an answer, unless another one is on its way.
+
+            The answer is logged under its own id, a request that runs still under another one.
+            """
+            is_free = self._is_between_requests() or not (self.cycle.response_started or self.pipeline)
+            if is_free:
+                record = new_record(self.client)
                 self.transport.write(_answer(error, record.request_id))
-            if self._is_between_requests():  # or the request's own end will be logged
                 log.ended(record, method=None, path=_path(self), status=error.status_code)
             self.transport.close()
 

@@ -6,6 +6,7 @@ origin as the server. Browsers send the name as `Host`; this module compares it 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -48,8 +49,27 @@ class AllowedHosts:
 
 
 def _plain(name: str) -> str:
-    """Of several spellings of a name, the one that is compared."""
-    return name.lower().removesuffix(".")
+    """Of several spellings of a name, the one that is compared.
+
+    >>> _plain("LocalHost."), _plain("0:0::1"), _plain("::ffff:127.0.0.1")
+    ('localhost', '::1', '127.0.0.1')
+    """
+    name = name.lower().removesuffix(".")
+    try:
+        return plain_address(name).compressed
+    except ValueError:
+        return name
+
+
+def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address a text spells; the one of IPv4 where it stands within one of IPv6.
+
+    Raises:
+        ValueError: it is none.
+    """
+    address = ipaddress.ip_address(text.partition("%")[0])
+    inner = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return address if inner is None else inner
 
 
 def _refusal(host: str) -> ApiError:

@@ -65,6 +65,7 @@ class BodyLimit:
                 await self._app(scope, _replayed(b"".join(parts), receive), send)
         finally:
             self._held -= sum(map(len, parts))
+            parts.clear()  # a refusal goes on for seconds, and nobody counts them any more
         if refusal is not None:
             await _refuse(refusal, receive, send)
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,12 +27,15 @@ from modernbert_decoder.serving.app import create_app
 from modernbert_decoder.serving.connections import impatient_protocol
 from modernbert_decoder.serving.context import ServerContext
 from modernbert_decoder.serving.models import State
-from modernbert_decoder.serving.settings import ServerSettings, is_loopback
+from modernbert_decoder.serving.settings import ServerSettings, is_loopback, socket_family
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _LOGGERS: Final = ("modernbert_decoder", "uvicorn")
 # For answers that were ended to reach their clients, behind the time that running requests have.
 _FAREWELL_SECONDS: Final = 5
+# For requests that did not even end then to be cut off, and logged.
+_CANCELLING_SECONDS: Final = 1
+_WATCH_SECONDS: Final = 0.1
 _KEEP_ALIVE_SECONDS: Final = 75
 _log = logging.getLogger(__name__)
 
@@ -42,6 +47,8 @@ class ApiServer(uvicorn.Server):
         app: the application.
         announce: called with the address once requests are accepted.
         when_ready: called once all models are loaded.
+        when_stuck: called with the names of models whose step does not end, once the server was told to stop
+            and everything else has had its time; without it the server waits for that step.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class ApiServer(uvicorn.Server):
         *,
         announce: Callable[[str, int], None] | None = None,
         when_ready: Callable[[], None] | None = None,
+        when_stuck: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
         context = app.state.context
         log = app.state.request_log
@@ -58,6 +66,7 @@ class ApiServer(uvicorn.Server):
         self._context = context
         self._announce = announce
         self._when_ready = when_ready
+        self._when_stuck = when_stuck
         settings = context.settings
         super().__init__(
             uvicorn.Config(
@@ -114,15 +123,32 @@ class ApiServer(uvicorn.Server):
         """Stops accepting, and gives running requests their time."""
         settings, registry = self._context.settings, self._context.registry
         _log.info("shutting down; running requests have %g seconds", settings.grace)
+        watching = asyncio.ensure_future(self._watch_steps())
         draining = asyncio.ensure_future(registry.drain(0 if self.force_exit else settings.grace))
-        await super().shutdown(sockets)
-        if self.force_exit:  # asked for a second time, which takes the time away
-            await registry.drain(0)
-        await draining
+        try:
+            await super().shutdown(sockets)
+            if self.force_exit:  # asked for a second time, which takes the time away
+                await registry.drain(0)
+            await draining
+        finally:
+            watching.cancel()
+
+    async def _watch_steps(self) -> None:
+        """Looks for steps that do not end, once requests have had their time and answers were sent."""
+        if self._when_stuck is None:
+            return
+        settings, registry = self._context.settings, self._context.registry
+        end = time.monotonic() + settings.grace
+        while time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(_WATCH_SECONDS)
+        await asyncio.sleep(_FAREWELL_SECONDS + _CANCELLING_SECONDS)
+        while not (stuck := registry.stalled(min(settings.step_timeout, _FAREWELL_SECONDS))):
+            await asyncio.sleep(_WATCH_SECONDS)
+        self._when_stuck(stuck)
 
 
 def run(settings: ServerSettings) -> None:
-    """Serves until SIGINT or SIGTERM.
+    """Serves until SIGINT or SIGTERM; ends the process itself where a step keeps it from ending.
 
     Raises:
         UserError: a model cannot be opened, or the address cannot be used.
@@ -136,7 +162,12 @@ def run(settings: ServerSettings) -> None:
         if not settings.api_keys and not is_loopback(host):
             _log.warning("no API key is set: everybody who reaches this address can use the server")
 
-    server = ApiServer(create_app(settings), announce=announce, when_ready=set_aside_what_stays)
+    server = ApiServer(
+        create_app(settings),
+        announce=announce,
+        when_ready=set_aside_what_stays,
+        when_stuck=_end_process,
+    )
     listening = _bound_socket(settings)
     try:
         server.run(sockets=[listening])
@@ -146,13 +177,19 @@ def run(settings: ServerSettings) -> None:
         raise server.failure
 
 
+def _end_process(stuck: Sequence[str]) -> NoReturn:
+    """Ends the process with its threads, one of which would be waited for without end."""
+    _log.error("a step of %s does not end; the process ends without it", ", ".join(stuck))
+    logging.shutdown()
+    os._exit(1)
+
+
 def _bound_socket(settings: ServerSettings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(socket_family(settings.host), socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((settings.host, settings.port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last one of what is no name at all
         bound.close()
         raise InputError(f"cannot listen on {settings.host} port {settings.port}: {error}") from None
     return bound

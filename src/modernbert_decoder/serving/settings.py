@@ -5,8 +5,8 @@ This module knows the spelling of models on the command line; it opens nothing.
 
 from __future__ import annotations
 
-import ipaddress
 import re
+import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from modernbert_decoder.errors import InputError
-from modernbert_decoder.serving.hosts import ANY_HOST, LOOPBACK_HOSTS
+from modernbert_decoder.serving.hosts import ANY_HOST, LOOPBACK_HOSTS, plain_address
 
 DTYPES: Final = ("float32", "int8", "int4", "w8a8")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
@@ -204,23 +204,38 @@ class ServerSettings:
 
         A server that anybody on this machine may use is for nobody else: names are then compared, or a web
         page could call it under a name that it made point here. Keys keep such a page out by themselves.
+
+        A host given by name is looked up, which may take a moment.
         """
         is_open = is_loopback(self.host) and not self.api_keys
         if not is_open and not self.allowed_hosts:
             return None
-        return (*LOOPBACK_HOSTS, self.host, *self.allowed_hosts)
+        return (*LOOPBACK_HOSTS, self.host, *_addresses(self.host), *self.allowed_hosts)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address.
+    """Whether only this machine reaches the address, whichever way it is spelled.
 
-    >>> is_loopback("::1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+    A name that cannot be looked up is not, nor can a server listen on it.
+
+    >>> is_loopback("::1"), is_loopback("127.1"), is_loopback("0.0.0.0")
     (True, True, False)
     """
+    return any(plain_address(address).is_loopback for address in _addresses(host))
+
+
+def socket_family(host: str) -> socket.AddressFamily:
+    """Of the socket that listens on a host."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _addresses(host: str) -> tuple[str, ...]:
+    """What listening on a host may come to; nothing where it cannot be looked up."""
     try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
+        found = socket.getaddrinfo(host, None, family=socket_family(host), type=socket.SOCK_STREAM)
+    except (OSError, ValueError):  # the latter, a UnicodeError, of what is no name at all
+        return ()
+    return tuple(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:

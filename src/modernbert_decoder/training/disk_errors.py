@@ -19,6 +19,15 @@ from modernbert_decoder.errors import UserError
 from modernbert_decoder.training.checkpoints import all_checkpoints
 from modernbert_decoder.training.errors import TrainingError
 
+# How torch, which says whatever went wrong with a RuntimeError, speaks of a file it writes.
+_WRITERS_WORDS: Final = (
+    "inline_container",
+    "PytorchStreamWriter",
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "iostream error",
+)
 _DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -50,10 +59,16 @@ def disk_errors_explained(
     except SafetensorError as error:  # of writing: nothing else in the loop uses that library
         raise TrainingError(_disk_message(writer, error, out, checkpoints(out))) from error
     except (OSError, RuntimeError) as error:
-        is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-        if writer.saving_step is None and not is_disk:
+        if not _is_of_writing(error, is_saving=writer.saving_step is not None):
             raise
         raise TrainingError(_disk_message(writer, error, out, checkpoints(out))) from error
+
+
+def _is_of_writing(error: OSError | RuntimeError, *, is_saving: bool) -> bool:
+    """Whether a file could not be written; processes that save together may also lose each other."""
+    if isinstance(error, RuntimeError):
+        return is_saving and any(words in str(error) for words in _WRITERS_WORDS)
+    return error.errno in _DISK_ERRORS or (is_saving and not isinstance(error, ConnectionError))
 
 
 def _disk_message(writer: Writer, error: Exception, out: Path, found: Sequence[Path]) -> str:

@@ -26,6 +26,8 @@ MAX_LOGPROBS: Final = 20
 MAX_STOPS: Final = 16
 MAX_MESSAGES: Final = 1024
 MAX_PARTS: Final = 64
+# Of all messages of a conversation.
+MAX_PARTS_TOGETHER: Final = 4096
 MAX_NAMED_TOKENS: Final = 4096
 # Of one text; more than any context, as some endpoints cut texts or read them in windows.
 MAX_TOKEN_IDS: Final = 1 << 17

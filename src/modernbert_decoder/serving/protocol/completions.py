@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from modernbert_decoder.serving.protocol.base import (
     MAX_LOGPROBS,
     MAX_MESSAGES,
     MAX_PARTS,
+    MAX_PARTS_TOGETHER,
     Body,
     Prompts,
     Reply,
@@ -105,10 +107,26 @@ class ChatMessage(Body):
         return message if self.name is None else {**message, "name": self.name}
 
 
+def _check_number_of_parts(messages: Any) -> Any:
+    """Refuses messages of very many parts before anybody looks at these."""
+    if isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        count = sum(len(content) for content in contents if isinstance(content, list))
+        if count > MAX_PARTS_TOGETHER:
+            raise PydanticCustomError(
+                "too_long",
+                "there are {length} parts of messages; at most {count} are taken",
+                {"length": count, "count": MAX_PARTS_TOGETHER},
+            )
+    return messages
+
+
 class ChatRequest(SamplingFields):
     """A conversation to be continued; only for models with a chat template."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    messages: Annotated[list[ChatMessage], BeforeValidator(_check_number_of_parts)] = Field(
+        min_length=1, max_length=MAX_MESSAGES, fail_fast=True
+    )
     logprobs: bool | None = False
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Only together with `logprobs`."

@@ -163,13 +163,15 @@ class SamplingFields(Body):
 
     def _structured_output(self) -> StructuredOutput | None:
         field = self.structured_field
+        too_large = f"{field}: at most {MAX_CONSTRAINT:,} characters of {{}} are taken"
+        if any(map(_is_large, _schemas(self.response_format, self.structured_outputs))):
+            raise ApiError(400, too_large.format("json"), param=field, code="invalid_value")
         try:
             structured = _structured(self.response_format, self.structured_outputs)
         except InputError as error:
             raise ApiError(400, f"{field}: {error}", param=field, code="invalid_value") from None
         if structured is not None and _num_characters(structured) > MAX_CONSTRAINT:
-            message = f"{field}: at most {MAX_CONSTRAINT:,} characters of {structured.kind} are taken"
-            raise ApiError(400, message, param=field, code="invalid_value")
+            raise ApiError(400, too_large.format(structured.kind), param=field, code="invalid_value")
         return structured
 
 
@@ -217,6 +219,30 @@ def _structured(
             code="invalid_value",
         )
     return StructuredOutput(**given)  # type: ignore[arg-type]
+
+
+def _schemas(response_format: ResponseFormat | None, outputs: StructuredOutputs | None) -> tuple[Any, ...]:
+    """What would be written as JSON."""
+    wanted = None if response_format is None else response_format.json_schema
+    return (None if wanted is None else wanted.schema_, None if outputs is None else outputs.json_)
+
+
+def _is_large(schema: Any) -> bool:
+    """Whether a schema, a text or a value, has certainly more characters than are taken.
+
+    Looks at no more of it than at what would be taken: writing all of it would hold the event loop.
+    """
+    if isinstance(schema, str):
+        return len(schema) > MAX_CONSTRAINT
+    size, parts = 0, [schema]
+    while parts and size <= MAX_CONSTRAINT:
+        part = parts.pop()
+        size += len(part) if isinstance(part, str) else 1
+        if isinstance(part, dict | list):
+            size += 2 * len(part)  # what stands between them
+            if size <= MAX_CONSTRAINT:
+                parts += (*part, *part.values()) if isinstance(part, dict) else part
+    return size > MAX_CONSTRAINT
 
 
 def _num_characters(structured: StructuredOutput) -> int:
