@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from checkpoints import BUNDLED_ARCHITECTURE
 from modernbert_decoder import LLM, InputError, SamplingParams, pipeline
 from modernbert_decoder.pipelines.generation_options import GenerationOptions, merged
 from pipeline_checkpoints import write_with_tokenizer
@@ -88,7 +89,7 @@ def test_lengths_mean_what_they_say(generate: Any) -> None:
     prompt = len(generate.tokenizer.encode(PROMPT))
     assert num_new_tokens(generate, max_new_tokens=7) == 7
     assert num_new_tokens(generate, max_length=prompt + 4) == 4
-    assert num_new_tokens(generate, max_length=prompt + 4, prefix="Listen: ") == 4
+    assert num_new_tokens(generate, max_length=prompt + 4, prefix="Listen:\n") == 4
     assert num_new_tokens(generate, generate_kwargs={"max_new_tokens": 6}) == 6
     assert num_new_tokens(generate, generation_config={"max_length": prompt + 5}) == 5
 
@@ -279,7 +280,7 @@ def test_a_generation_config_of_transformers_is_read_and_replaces_the_constructo
         ({"max_length": 3}, "use max_new_tokens"),
         ({"max_new_tokens": 5000}, "context holds 1024"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
-        ({"eos_token_id": 10**6}, "must hold token ids from 0 to 4095"),
+        ({"eos_token_id": 10**6}, f"must hold token ids from 0 to {BUNDLED_ARCHITECTURE.vocab_size - 1}"),
         ({"eos_token_id": "x"}, "must be a list of token ids"),
         ({"stop_strings": "a", "stop_sequence": "b"}, "are the same"),
         ({"stop_strings": [""]}, "empty string"),
