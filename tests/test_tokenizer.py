@@ -336,17 +336,21 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"has 96 tokens beyond the embedding's 4000 rows.* id 4000"):
-        Tokenizer.from_folder(BUNDLED, architecture_of(BUNDLED, vocab_size=4000))
+    rows = VOCAB_SIZE - 96
+    with pytest.raises(
+        CheckpointError, match=rf"has 96 tokens beyond the embedding's {rows} rows.* id {rows}"
+    ):
+        Tokenizer.from_folder(BUNDLED, architecture_of(BUNDLED, vocab_size=rows))
 
 
 def test_an_id_beyond_the_embedding_is_found_behind_a_hole(copied: Path) -> None:
     content = json.loads((copied / "tokenizer.json").read_text())
-    content["model"]["vocab"]["never merged"] = 5000
+    behind = VOCAB_SIZE + 900
+    content["model"]["vocab"]["never merged"] = behind
     (copied / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"has 1 tokens beyond .*'never merged' with id 5000"):
-        Tokenizer.from_folder(copied, architecture_of(BUNDLED, vocab_size=4200))
-    Tokenizer.from_folder(copied, architecture_of(BUNDLED, vocab_size=5001))
+    with pytest.raises(CheckpointError, match=rf"has 1 tokens beyond .*'never merged' with id {behind}"):
+        Tokenizer.from_folder(copied, architecture_of(BUNDLED, vocab_size=VOCAB_SIZE + 100))
+    Tokenizer.from_folder(copied, architecture_of(BUNDLED, vocab_size=behind + 1))
 
 
 @pytest.mark.parametrize(("name", "own"), [("cls_token_id", 1), ("sep_token_id", 2)])
