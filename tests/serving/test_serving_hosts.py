@@ -10,7 +10,10 @@ import pytest
 from servers import RunningServer, connect, read_all, running
 
 from modernbert_decoder.errors import InputError
-from modernbert_decoder.serving.settings import ModelSource, ServerSettings, parse_models
+from modernbert_decoder.serving import settings as settings_module
+from modernbert_decoder.serving.hosts import AllowedHosts
+from modernbert_decoder.serving.server import _bound_socket
+from modernbert_decoder.serving.settings import ModelSource, ServerSettings, is_loopback, parse_models
 
 STORY = parse_models(["storyteller"])
 
@@ -97,11 +100,80 @@ def test_names_that_are_given_are_compared_in_any_case(settings: dict[str, Any])
     assert {"a.example", "localhost"} <= set(names)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.5", "::1", "localhost"])
-def test_every_address_of_this_machine_alone_is_guarded(host: str) -> None:
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.0.5", "127.0.0.5"),
+        ("::1", "::1"),
+        ("0:0:0:0:0:0:0:1", "::1"),
+        ("localhost", "127.0.0.1"),
+        ("127.1", "127.0.0.1"),
+        ("127.2", "127.0.0.2"),
+        ("0x7f.1", "127.0.0.1"),
+        ("0177.0.0.1", "127.0.0.1"),
+        ("2130706433", "127.0.0.1"),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1"),
+    ],
+)
+def test_every_address_of_this_machine_alone_is_guarded(host: str, address: str) -> None:
     names = ServerSettings(models=STORY, host=host).host_names
     assert names is not None
     assert host in names
+    assert address in names  # which is the one that the server tells
+    assert is_loopback(host)
+    assert is_loopback(address)  # or it would be warned of
+
+
+def test_a_name_of_this_machine_is_guarded_and_one_that_nobody_knows_is_left_to_listening(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = {"mine.example": "127.0.1.1", "theirs.example": "192.0.2.1"}
+
+    def look_up(host: str, port: None, **_: Any) -> list[Any]:
+        if host not in known:
+            raise settings_module.socket.gaierror(-2, "Name or service not known")
+        return [(None, None, 0, "", (known[host], 0))]
+
+    monkeypatch.setattr(settings_module.socket, "getaddrinfo", look_up)
+    names = ServerSettings(models=STORY, host="mine.example").host_names
+    assert names is not None
+    assert {"mine.example", "127.0.1.1"} <= set(names)
+    for host in ("theirs.example", "nobodys.example"):
+        assert ServerSettings(models=STORY, host=host).host_names is None
+
+
+@pytest.mark.parametrize("host", ["a..example", "x" * 300])
+def test_what_is_no_name_is_refused_by_listening(host: str) -> None:
+    settings = ServerSettings(models=STORY, host=host, port=0)
+    assert settings.host_names is None
+    with pytest.raises(InputError, match="cannot listen on"):
+        _bound_socket(settings)
+
+
+def test_names_are_looked_up_once_and_not_for_a_request(
+    sources: tuple[ModelSource, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(sources[:1], allowed_hosts=("a.example",)) as server:
+
+        def unexpected(self: ServerSettings) -> None:
+            raise AssertionError("they were looked up again")
+
+        monkeypatch.setattr(ServerSettings, "host_names", property(unexpected))
+        assert "403" in server.get("/openapi.json").text
+
+
+def test_addresses_of_ipv6_are_compared_and_not_their_spellings() -> None:
+    async def unused(*_: Any) -> None:
+        """Is behind the layer."""
+
+    spellings = ("2001:DB8:0:0:0:0:0:1", "2001:db8::1", "2001:0db8::0001")
+    for name in spellings:
+        layer = AllowedHosts(unused, names=(name,))
+        assert all(layer._is_allowed(f"[{host}]:8000") for host in spellings)
+        assert not layer._is_allowed("[2001:db8::2]")
+    layer = AllowedHosts(unused, names=("::ffff:127.0.0.1",))
+    assert all(layer._is_allowed(host) for host in ("[::ffff:7f00:1]", "[::ffff:127.0.0.1]", "127.0.0.1"))
 
 
 def test_the_document_tells_whether_names_are_compared(server: RunningServer) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
 import pytest
-from servers import RunningServer, connect, metric, raw_request, read_all, running
+import uvicorn
+from servers import WAIT_SECONDS, RunningServer, connect, metric, raw_request, read_all, running
+from uvicorn.server import ServerState
 
+from modernbert_decoder.serving.access_log import RequestLog
+from modernbert_decoder.serving.connections import MAX_HEAD_BYTES, impatient_protocol
 from modernbert_decoder.serving.errors import ApiError
+from modernbert_decoder.serving.limits import BodyLimit
+from modernbert_decoder.serving.metrics import Metrics
 from modernbert_decoder.serving.server import set_up_logging
 from modernbert_decoder.serving.settings import ModelSource
 from modernbert_decoder.serving.strict_json import parse_json
@@ -84,6 +92,142 @@ def test_a_body_that_just_fits_is_taken(narrow: RunningServer) -> None:
     assert len(body) == 1000
     response = httpx.post(f"{narrow.url}/v1/completions", content=body, headers=JSON)
     assert response.status_code == 200
+
+
+def test_a_refused_body_is_given_up_before_the_rest_is_taken_off_the_connection() -> None:
+    freed: list[int] = []
+
+    class Part(bytes):
+        def __del__(self) -> None:
+            freed.append(len(self))
+
+    async def try_it() -> None:
+        is_discarding = asyncio.Event()
+        num_asked = 0
+
+        async def receive() -> Any:
+            nonlocal num_asked
+            num_asked += 1
+            if num_asked > 2:
+                is_discarding.set()
+                await asyncio.Event().wait()
+            return {"type": "http.request", "body": Part(b"x" * 600), "more_body": True}
+
+        async def send(message: Any) -> None:
+            """Takes the answer."""
+
+        async def unexpected(*_: Any) -> None:
+            raise AssertionError("the body was taken")
+
+        layer = BodyLimit(unexpected, max_bytes=1000, seconds=WAIT_SECONDS)
+        scope = {"type": "http", "method": "POST", "headers": []}
+        answering = asyncio.ensure_future(layer(scope, receive, send))
+        await asyncio.wait_for(is_discarding.wait(), WAIT_SECONDS)
+        assert freed == [600, 600]
+        assert layer._held == 0
+        answering.cancel()
+
+    asyncio.run(try_it())
+
+
+# fields before and behind a body
+
+
+class Wire(asyncio.Transport):
+    """A connection of which the server's half is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = b""
+        self.is_closed = False
+
+    def write(self, data: Any) -> None:
+        self.sent += bytes(data)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def pause_reading(self) -> None:
+        """Nothing is read by itself."""
+
+    resume_reading = pause_reading
+
+
+def fed(parts: Sequence[bytes]) -> tuple[bytes, int, list[tuple[bytes, bytes]]]:
+    """What the server says to these, of how many of them it has seen by then, and the fields it hands on."""
+    headers: list[tuple[bytes, bytes]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers.extend(scope["headers"])
+        while (await receive()).get("more_body", False):
+            pass
+        headers[:] = scope["headers"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def feed() -> tuple[bytes, int]:
+        log = RequestLog(Metrics(dict), endpoint_of=lambda path: None)
+        protocol = impatient_protocol(head_seconds=WAIT_SECONDS, write_seconds=WAIT_SECONDS, log=log)
+        config = uvicorn.Config(app, log_config=None, access_log=False)
+        connection = protocol(config=config, server_state=ServerState(), app_state={})
+        wire = Wire()
+        connection.connection_made(wire)
+        num_fed = 0
+        for part in parts:
+            connection.data_received(part)
+            num_fed += 1
+            for _ in range(5):  # turns of the loop, for the application
+                await asyncio.sleep(0)
+            if wire.is_closed:
+                break
+        connection.connection_lost(None)
+        return wire.sent, num_fed
+
+    return (*asyncio.run(feed()), headers)
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
+FIELD = b"x-more: " + b"y" * 1000 + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [CHUNKED, b"0\r\n", *[FIELD] * 500],
+        [CHUNKED + b"0\r\n", *[FIELD * 10] * 50],
+        [CHUNKED, b"0\r\n", b"x-more: ", *[b"y" * 1000] * 500],
+        [CHUNKED, b"2;", *[b"y" * 1000] * 500],
+        [b"GET /", *[b"y" * 1000] * 500],
+        [b"GET / HTTP/1.1\r\nx-more: ", *[b"y" * 1000] * 500],
+        [b"GET / HTTP/1.1\r\n" + FIELD * 500 + b"\r\n"],
+    ],
+    ids=[
+        "trailers",
+        "trailers at once",
+        "a trailer",
+        "a chunk's head",
+        "a path",
+        "a field",
+        "a head at once",
+    ],
+)
+def test_fields_without_end_are_refused_wherever_they_stand(parts: list[bytes]) -> None:
+    sent, num_fed, headers = fed(parts)
+    assert sent.startswith(b"HTTP/1.1 431 ")
+    assert sent.count(b"HTTP/1.1") == 1
+    assert sum(map(len, parts[1:num_fed])) < 1.2 * MAX_HEAD_BYTES
+    assert not [name for name, _ in headers if name == b"x-more"]
+
+
+def test_fields_behind_a_body_are_let_through_and_say_nothing_of_the_request() -> None:
+    sent, _, headers = fed([CHUNKED, *[b"1\r\nx\r\n"] * 20_000, b"0\r\n" + FIELD * 60 + b"\r\n"])
+    assert sent.startswith(b"HTTP/1.1 200 ")
+    assert [name for name, _ in headers] == [b"host", b"transfer-encoding"]
 
 
 # counting
@@ -174,6 +318,21 @@ def test_every_line_that_a_client_causes_tells_who_it_was(server: RunningServer,
     assert [line for line in lines if " client=127.0.0.1 " not in line or "request_id=" not in line] == []
 
 
+def test_a_refusal_behind_a_running_request_is_logged_under_the_id_that_was_sent(
+    server: RunningServer, logged: io.StringIO
+) -> None:
+    start = raw_request("/v1/completions", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    connection = connect(server)
+    connection.sendall(start + b"1\r\n{\r\n" + b"nonsense\r\n")
+    response = read_all(connection)
+    connection.close()
+    assert response.startswith(b"HTTP/1.1 400")
+    (number,) = re.findall(rb"x-request-id: (\w+)", response)
+    (line,) = [line for line in logged.getvalue().splitlines() if number.decode() in line]
+    assert "endpoint=/v1/completions" in line
+    assert "status=400" in line
+
+
 # messages
 
 
@@ -235,10 +394,11 @@ def test_monitors_may_ask_with_head(server: RunningServer, path: str) -> None:
         b"[" + b"[]," * 70_000 + b"1]",
         b"[" + b"{}," * 70_000 + b"1]",
         b"{" + b'"a":1,' * 70_000 + b'"b":1}',
-        b"[" + b"1," * 2**19 + b"1]",
+        b"[" + b"1," * 2**18 + b"1]",
+        b'"' + b":" * 70_000 + b'"' * 2_000_000,
         b'{"prompt": "' + b"x\\\\" * 1000 + b'", "n": [' + b"[]," * 70_000 + b"1]}",
     ],
-    ids=["lists", "objects", "fields", "values", "behind a text"],
+    ids=["lists", "objects", "fields", "values", "texts", "behind a text"],
 )
 def test_bodies_of_very_many_parts_are_refused_unread(
     server: RunningServer, body: bytes, monkeypatch: pytest.MonkeyPatch
@@ -258,3 +418,32 @@ def test_bodies_of_very_many_parts_are_refused_unread(
 )
 def test_signs_inside_of_texts_are_no_parts(text: str) -> None:
     assert parse_json(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+# integers of very many digits
+
+
+@pytest.mark.parametrize("sign", [b"", b"-"])
+def test_integers_that_no_number_of_ours_is_as_long_as_are_refused_unread(
+    sign: bytes,
+) -> None:
+    largest = sign + b"9" * 309
+    assert parse_json(b'{"a": [%s]}' % largest) == {"a": [int(largest)]}
+    for digits in (310, 4_000, 100_000):
+        with pytest.raises(ApiError, match="an integer has more than 309 digits"):
+            parse_json(b'{"a": [1, %s%s]}' % (sign, b"9" * digits))
+
+
+def test_digits_of_a_text_are_no_integer() -> None:
+    text = "7" * 5_000
+    assert parse_json(json.dumps({"prompt": text, "n": 2}).encode()) == {"prompt": text, "n": 2}
+
+
+def test_a_body_may_have_as_many_values_as_are_said() -> None:
+    texts = ["a"] * (2**18 - 1)
+    body = json.dumps({"input": texts, "tags": [["b", "c"]] * 1_000}).encode()
+    with pytest.raises(ApiError, match="more than 262,144 values"):
+        parse_json(body)
+    fields = {f"k{i}": "a" for i in range(65_000)}
+    body = json.dumps([fields, *["a"] * (2**18 - 65_100)]).encode()
+    assert len(parse_json(body)) == 2**18 - 65_099

@@ -19,6 +19,7 @@ from modernbert_decoder.engine import async_llm, structured
 from modernbert_decoder.serving import strict_json, token_texts
 from modernbert_decoder.serving.generation import Generation
 from modernbert_decoder.serving.models import opener
+from modernbert_decoder.serving.protocol import sampling
 from modernbert_decoder.serving.protocol.base import Body
 from modernbert_decoder.serving.protocol.completions import (
     ChatRequest,
@@ -196,6 +197,87 @@ def test_structured_output_is_compiled_once_and_elsewhere(
         response = server.post("/v1/completions", {**body, "stream": is_streamed})
         assert response.status_code == 200
         assert places == [False]
+
+
+def test_a_schema_that_is_too_large_is_refused_unwritten(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    write = structured._schema_text
+
+    def noting(schema: Any) -> str:
+        text = write(schema)
+        written.append(len(text))
+        return text
+
+    monkeypatch.setattr(structured, "_schema_text", noting)
+    large: list[Any] = [
+        {"enum": [0] * 200_000},
+        {"enum": ["ab" * 9] * 100_000},
+        {"description": "a" * 70_000},
+        {"a" * 70_000: 1},
+        {"properties": {f"name{i}": {"type": "integer"} for i in range(9_000)}},
+        {"enum": [[[]] * 30_000]},
+    ]
+    for schema in large:
+        wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        for fields in (
+            {"response_format": wanted},
+            {"structured_outputs": {"json": schema}},
+            {"structured_outputs": {"json": json.dumps(schema)}},
+        ):
+            response = server.post("/v1/completions", {"model": "tiny", "prompt": "a", **fields})
+            assert response.status_code == 400
+            error = response.json()["error"]
+            assert error["param"] == next(iter(fields))
+            assert "at most 65,536 characters of json are taken" in error["message"]
+    assert written == []
+    body = {"model": "tiny", "prompt": "a", "structured_outputs": {"json": {"enum": ["a" * 60_000]}}}
+    server.post("/v1/completions", body)
+    assert written[0] > 60_000
+
+
+def test_a_schema_as_text_that_is_nested_too_deeply_is_refused(server: RunningServer) -> None:
+    schema = '{"a": ' + "[" * 50_000
+    fields = {"structured_outputs": {"json": schema}}
+    response = server.post("/v1/completions", {"model": "tiny", "prompt": "a", **fields})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "structured_outputs"
+
+
+def test_no_more_of_a_schema_is_looked_at_than_would_be_taken() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    assert sampling._is_large({"enum": endless})
+
+
+@hypothesis.given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda part: st.lists(part) | st.dictionaries(st.text(), part),
+    )
+)
+@hypothesis.example([0])
+@hypothesis.example({"": [[], {}]})
+@hypothesis.settings(deadline=None)
+def test_no_schema_is_called_larger_than_it_is(schema: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "MAX_CONSTRAINT", len(json.dumps(schema)))
+        assert not sampling._is_large(schema)
+
+
+# messages
+
+
+def test_messages_of_very_many_parts_are_refused_unread() -> None:
+    part = {"type": "text", "text": "a"}
+    fits = {"model": "chat", "messages": [{"role": "user", "content": [part] * 4}] * 1024}
+    assert len(ChatRequest.model_validate(fits).messages) == 1024
+    for wrong_part in (part, {"type": "wrong"}):  # of which nothing is told: nobody has looked
+        messages = [{"role": "user", "content": [wrong_part] * 5}] * 1024
+        with pytest.raises(ValueError, match="there are 5120 parts of messages; at most 4096") as error:
+            ChatRequest.model_validate({"model": "chat", "messages": messages})
+        assert error.value.error_count() == 1  # type: ignore[attr-defined]
 
 
 # tokenizing

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -410,8 +411,13 @@ def test_the_help_fits_a_screen() -> None:
 
 def start_process(*arguments: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
     """`mbd serve`, and its address once it says so."""
+    return start([*MBD, "serve", *arguments, "--port", "0"], **environment)
+
+
+def start(command: Sequence[str], **environment: str) -> tuple[subprocess.Popen[str], str]:
+    """A process that is a server, and its address once it says so."""
     process = subprocess.Popen(
-        [*MBD, "serve", *arguments, "--port", "0"],
+        command,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
@@ -432,11 +438,11 @@ def drained(stream: IO[str]) -> tuple[threading.Thread, io.StringIO]:
     return thread, kept
 
 
-def until_ready(url: str) -> None:
+def until_ready(url: str, status: str = "ready") -> None:
     for _ in range(20_000):
-        if httpx.get(f"{url}/ready").status_code == 200:
+        if httpx.get(f"{url}/ready").json()["status"] == status:
             return
-    raise AssertionError("it did not become ready")
+    raise AssertionError(f"it did not become {status}")
 
 
 @pytest.mark.parametrize(
@@ -468,6 +474,45 @@ def test_a_signal_lets_streams_finish_or_ends_them_politely(
     entries = [json.loads(line) for line in said.getvalue().splitlines()]
     (entry,) = [each for each in entries if each.get("endpoint") == "/v1/completions"]
     assert entry["finish_reason"] == reason
+
+
+# A server whose engine never comes back from a step.
+STALLING = """
+import threading
+from modernbert_decoder.engine.driver import Driver
+from modernbert_decoder.serving import server
+from modernbert_decoder.serving.settings import ServerSettings, parse_models
+
+Driver.step = lambda self: threading.Event().wait()
+server._FAREWELL_SECONDS, server._CANCELLING_SECONDS = 0.5, 1.5
+server.run(ServerSettings(models=parse_models(["storyteller"]), port=0, step_timeout=0.2, grace=0.0))
+"""
+
+
+def test_a_step_that_never_ends_does_not_keep_the_process_from_ending() -> None:
+    process, url = start([sys.executable, "-c", STALLING])
+    assert process.stderr is not None
+    reader, said = drained(process.stderr)
+    try:
+        until_ready(url)
+        asking = threading.Thread(target=expect_no_answer, args=(url,))
+        asking.start()
+        until_ready(url, "stalled")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 1
+        asking.join(60)
+    finally:
+        process.kill()
+        process.wait(60)
+        reader.join(60)
+        process.stderr.close()
+    assert "a step of storyteller does not end; the process ends without it" in said.getvalue()
+    assert "endpoint=/v1/completions" in said.getvalue()
+
+
+def expect_no_answer(url: str) -> None:
+    with suppress(httpx.HTTPError):
+        assert httpx.post(f"{url}/v1/completions", json=LONG, timeout=60).status_code >= 500
 
 
 def test_a_model_that_is_not_there_ends_the_process_with_one_line(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from modernbert_decoder.training import finetune_run
 from modernbert_decoder.training.checkpoints import CheckpointWriter, all_checkpoints, step_of
 from modernbert_decoder.training.classification_data import LabelledFiles
 from modernbert_decoder.training.cross import cross
+from modernbert_decoder.training.disk_errors import disk_errors_explained
 from modernbert_decoder.training.errors import TrainingError
 from modernbert_decoder.training.finetune import finetune_classifier
 from modernbert_decoder.training.finetune_run import FinetuneSettings
@@ -187,6 +188,47 @@ def test_a_program_error_in_training_is_not_taken_for_a_full_disk(
     with pytest.raises(RuntimeError, match="shapes do not fit") as caught:
         finetune(tmp_path / "run")
     assert not isinstance(caught.value, TrainingError)
+
+
+class Saving:
+    """A writer in the midst of a checkpoint."""
+
+    saving_step = 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+        RuntimeError("shapes do not fit"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_process_that_is_lost_while_saving_is_not_taken_for_a_full_disk(
+    error: Exception, tmp_path: Path
+) -> None:
+    with pytest.raises(type(error)) as caught, disk_errors_explained(Saving(), tmp_path):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        RuntimeError("write(): fd 3 failed with No space left on device"),
+        OSError(errno.EIO, "Input/output error"),
+    ],
+    ids=str,
+)
+def test_what_a_writer_of_files_says_while_saving_is_of_the_disk(error: Exception, tmp_path: Path) -> None:
+    with (
+        pytest.raises(TrainingError, match="cannot write the checkpoint of step 3 in "),
+        disk_errors_explained(Saving(), tmp_path),
+    ):
+        raise error
 
 
 # Crossing

@@ -89,7 +89,7 @@ def _schema_text(schema: Any) -> str:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"json of structured output is not JSON: {error}") from None
     if not isinstance(schema, Mapping):
         raise InputError(

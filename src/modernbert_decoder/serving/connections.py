@@ -1,7 +1,8 @@
 """Connections with little patience: clients that send half a request, or take nothing, are cut off in time.
 
-It is uvicorn's own protocol with two clocks and a limit for the head of a request and for the fields behind its
-body, which the parser does not have. What cannot be read as a request is refused here, since nothing behind ever sees it.
+It is uvicorn's own protocol with two clocks, and a limit for the fields of a request, before and behind its
+body, which the parser does not have. What cannot be read as a request is refused here, since nothing behind
+ever sees it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from modernbert_decoder.serving.errors import ApiError
 
 MAX_HEAD_BYTES: Final = 1 << 16
 _TOO_LARGE: Final = ApiError(
-    431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes", code="head_too_large"
+    431,
+    f"the head of the request, or what stands around its body, is larger than {MAX_HEAD_BYTES} bytes",
+    code="head_too_large",
 )
 _NOT_HTTP: Final = ApiError(400, "this is not a request of HTTP/1.1", code="invalid_http")
 
@@ -124,9 +127,12 @@ def impatient_protocol(
             """
             is_free = self._is_between_requests() or not (self.cycle.response_started or self.pipeline)
             if is_free:
-                record = new_record(self.client)
+                record, path = new_record(self.client), _path(self) if self._is_in_message else ""
                 self.transport.write(_answer(error, record.request_id))
-                log.ended(record, method=None, path=_path(self), status=error.status_code)
+                log.ended(record, method=None, path=path, status=error.status_code)
+            if is_free and not self._is_between_requests():  # it was answered in its place
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
             self.transport.close()
 
     return ImpatientProtocol

@@ -50,8 +50,8 @@ class ModelSource:
         Raises:
             InputError: the name cannot be used.
 
-        >>> ModelSource.parse("small=models/ettin:int4")
-        ModelSource(name='small', model='models/ettin', dtype='int4')
+        >>> ModelSource.parse("small=models/ettin:int4") == ModelSource("small", "models/ettin", "int4")
+        True
         >>> ModelSource.parse("storyteller:w8a8").name
         'storyteller:w8a8'
         """

@@ -237,11 +237,12 @@ def _is_large(schema: Any) -> bool:
     size, parts = 0, [schema]
     while parts and size <= MAX_CONSTRAINT:
         part = parts.pop()
-        size += len(part) if isinstance(part, str) else 1
         if isinstance(part, dict | list):
-            size += 2 * len(part)  # what stands between them
+            size += 2 * max(1, len(part))  # brackets, and what stands between parts
             if size <= MAX_CONSTRAINT:
                 parts += (*part, *part.values()) if isinstance(part, dict) else part
+        else:
+            size += len(part) if isinstance(part, str) else 1
     return size > MAX_CONSTRAINT
 
 
