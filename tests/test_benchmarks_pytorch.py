@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import publishing  # noqa: E402
 from benchmarks.summary import Spread  # noqa: E402
 from benchmarks.wing import __main__ as command  # noqa: E402
 from benchmarks.wing import cases, measure, report  # noqa: E402
@@ -189,10 +190,10 @@ def test_a_quick_run_measures_both_runtimes(tmp_path: Path, monkeypatch: pytest.
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "ModernBertDecoderForCausalLM"):
         pytest.skip("this transformers has no such class")
-    monkeypatch.setattr(command, "CACHE", tmp_path)
+    monkeypatch.setattr(publishing, "CACHE", tmp_path)
     assert command.main(["--quick", "--threads", "1"]) == 0
     (path,) = (tmp_path / "results").iterdir()
-    results = command.load(path)
+    results = command.PUBLICATION.read(path)
     assert {(row.runtime, row.task) for row in results.rows} == {
         (runtime, task.name) for runtime in (OURS, UPSTREAM) for task in tasks_of(QUICK)
     }

@@ -51,14 +51,14 @@ Upstream's side trains transformers' `ModernBertDecoderForCausalLM` with the lib
 
 - *random order* and *grouped by length* (`train_sampling_strategy="group_by_length"`): padded by
   `DataCollatorForLanguageModeling`;
-- *flattened*: documents of a batch in one row by `DataCollatorWithFlattening`, without padding, and
-  `use_cache=False`, without which they would see each other;
+- *flattened*: documents of a batch in one row by `DataCollatorWithFlattening`, without padding; positions
+  that begin anew keep them apart, as Trainer turns the cache off;
 - *single documents*: one at a time, which need no padding either.
 
-An epoch is {num_documents:,} documents, and a round {steps} steps: of the epoch's batches, ordered by the
-tokens they hold, those in the middle of each {part}, so that documents of the mean length are measured.
-(The library's length groups begin with the longest documents: their first batches would stand for no
-others.) Ours and the ways in random order get the same documents."""
+An epoch is {num_documents:,} documents. A round is {steps} steps, on batches spaced evenly over those of the
+epoch, ordered by the tokens they hold: so the documents that are measured have the mean length. (The
+library's length groups begin with the longest documents: their first batches would stand for no others.) Ours
+and the ways in random order get the same documents."""
 
 _HELD = """\
 Held against are all of upstream's ways with more than one document at once; single documents, which suit a
@@ -116,7 +116,6 @@ def _method() -> tuple[str, ...]:
         sequence_length=sequence_length,
         sequences=FULL.sequences_per_step,
         steps=FULL.steps,
-        part={1: "epoch", 2: "half", 3: "third"}[FULL.steps],
     )
     return method, _HELD.format(sequence_length=sequence_length, mean_length=FULL.mean_length), _MEASURED
 
