@@ -39,7 +39,7 @@ def full_page(results: Results) -> str:
         "# Benchmarks",
         "Written by `make bench` (`benchmarks/run.py`) from one run. "
         "The PyTorch classes have [a page of their own](benchmarks-pytorch.md).",
-        setting(results),
+        setting(results, bandwidth=results.bandwidth),
         _METHOD,
         _contention(results),
         *(f"{peer} on this machine: {text}." for peer, text in results.features.items()),

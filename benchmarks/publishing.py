@@ -5,34 +5,18 @@ Knows neither what was measured nor how the page is written.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from benchmarks.machine import slug
 from benchmarks.peers import CACHE
 from benchmarks.protocol import REPOSITORY
-from benchmarks.results import from_json
+from benchmarks.results import Setting, load, save
 from benchmarks.session import report
 
-
-class PublishedResults(Protocol):
-    """A dataclass with the fields by which its file is named."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def date(self) -> str:
-        """Of the run, ISO."""
-
-    @property
-    def machine(self) -> dict[str, Any]:
-        """From `describe_machine`."""
-
-
-R = TypeVar("R", bound=PublishedResults)
+R = TypeVar("R", bound=Setting)
 
 
 @dataclass(frozen=True)
@@ -46,6 +30,7 @@ class Publication(Generic[R]):
         page_name: of the page in docs/.
         page: the page's text.
         is_complete: whether results may be published.
+        draw: draws the page's pictures into the folder it is given, docs/.
     """
 
     kind: type[R]
@@ -54,6 +39,7 @@ class Publication(Generic[R]):
     page_name: str
     page: Callable[[R], str]
     is_complete: Callable[[R], bool]
+    draw: Callable[[R, Path], None] | None = None
 
     def read(self, path: Path) -> R:
         """Results that a run wrote.
@@ -61,12 +47,7 @@ class Publication(Generic[R]):
         Raises:
             ValueError: another format, or fields missing or unknown.
         """
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored.get("format") != self.format:
-            raise ValueError(
-                f"{path.name} has format {stored.get('format')!r}, this version reads {self.format}"
-            )
-        return from_json(self.kind, stored)
+        return load(self.kind, path, format=self.format)
 
     def render(self, path: Path) -> int:
         """Write the page from stored results; returns the command's exit code."""
@@ -81,9 +62,8 @@ class Publication(Generic[R]):
         """Write what a run measured, and the page if all of it is there, else print it; the exit code."""
         is_complete = self.is_complete(results)
         folder = REPOSITORY / "benchmarks" / "results" if is_complete else CACHE / "results"
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{results.date}-{slug(results.machine['cpu'])}-{self.suffix}.json"
-        path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+        save(results, path)
         report(f"wrote {path.name}")
         if is_complete:
             self._publish(results)
@@ -92,5 +72,8 @@ class Publication(Generic[R]):
         return 0
 
     def _publish(self, results: R) -> None:
-        (REPOSITORY / "docs" / self.page_name).write_text(self.page(results), encoding="utf-8")
+        docs = REPOSITORY / "docs"
+        (docs / self.page_name).write_text(self.page(results), encoding="utf-8")
+        if self.draw is not None:
+            self.draw(results, docs)
         report(f"wrote docs/{self.page_name}")

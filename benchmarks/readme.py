@@ -44,7 +44,7 @@ Every row, those in which we lose included, and how it was measured:
 
 def readme_section(results: Results) -> str:
     """What stands between the markers."""
-    parts = [setting(results)]
+    parts = [setting(results, bandwidth=results.bandwidth)]
     for measure in MEASURES:
         parts += [_TITLES[measure], _short_table(results, measure)]
     return "\n\n".join([*parts, _EXPLANATION, *_summary_lines(results), _LINK])

@@ -22,23 +22,19 @@ from benchmarks.summary import Comparison, Row, Spread
 FORMAT = 1
 
 T = TypeVar("T")
+S = TypeVar("S", bound="Setting")
 
 
 @dataclass(frozen=True)
-class Results:
-    """One run.
+class Setting:
+    """When, where and with what something was measured: what the results of every benchmark begin with.
 
     Attributes:
-        format: version of this layout.
+        format: version of the layout of these results.
         date: of the run, ISO.
         machine: from `describe_machine`.
         threads: given to every peer.
         versions: package -> version, peers' included.
-        features: peer -> what it says of itself: processor features in use, bits per weight.
-        bandwidth: bytes per second read from memory, over all rounds.
-        others_share: share of the processors that other programs took, over all rounds; None if unknown.
-        is_quick: a short run, good for nothing but a look.
-        notes: what was left out, and why.
     """
 
     format: int
@@ -46,6 +42,20 @@ class Results:
     machine: dict[str, Any]
     threads: int
     versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Results(Setting):
+    """One run.
+
+    Attributes:
+        features: peer -> what it says of itself: processor features in use, bits per weight.
+        bandwidth: bytes per second read from memory, over all rounds.
+        others_share: share of the processors that other programs took, over all rounds; None if unknown.
+        is_quick: a short run, good for nothing but a look.
+        notes: what was left out, and why.
+    """
+
     features: dict[str, str]
     bandwidth: Spread | None
     others_share: Spread | None
@@ -61,22 +71,22 @@ class Results:
     notes: list[str]
 
 
-def save(results: Results, path: Path) -> None:
-    """Write the results as JSON."""
+def save(results: Setting, path: Path) -> None:
+    """Write the results of any benchmark as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
 
 
-def load(path: Path) -> Results:
-    """Read results that `save` wrote.
+def load(kind: type[S], path: Path, *, format: int) -> S:
+    """Read results of one kind, in the layout of this version, that `save` wrote.
 
     Raises:
         ValueError: another format, or fields missing or unknown.
     """
     stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored.get("format") != FORMAT:
-        raise ValueError(f"{path.name} has format {stored.get('format')!r}, this version reads {FORMAT}")
-    return from_json(Results, stored)
+    if stored.get("format") != format:
+        raise ValueError(f"{path.name} has format {stored.get('format')!r}, this version reads {format}")
+    return from_json(kind, stored)
 
 
 def from_json(kind: type[T], stored: Any) -> T:

@@ -20,7 +20,7 @@ from benchmarks.peers import CACHE, PEERS
 from benchmarks.plot import draw
 from benchmarks.protocol import REPOSITORY
 from benchmarks.readme import readme_section
-from benchmarks.results import Results, load, save
+from benchmarks.results import FORMAT, Results, load, save
 from benchmarks.session import Request, report, run
 from benchmarks.shapes import SHAPES
 from benchmarks.summary import case_label
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure or render."""
     options = parse(arguments)
     if options.render:
-        results = load(options.render)
+        results = load(Results, options.render, format=FORMAT)
         if not is_complete(results):
             report("not published: cases are missing from this run, and its notes do not say why")
             return 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.results import Results
+from benchmarks.results import Setting
 from benchmarks.summary import Spread
 
 BEGIN = "<!-- benchmark:begin -->"
@@ -55,12 +55,12 @@ def spread_text(spread: Spread, *, scale: float = 1.0) -> str:
     return f"{number(spread.median * scale)} ({low} to {high})"
 
 
-def setting(results: Results) -> str:
-    """Machine, threads and versions, in one paragraph."""
+def setting(results: Setting, *, bandwidth: Spread | None = None) -> str:
+    """Machine, threads, versions and the bytes per second that memory reads, in one paragraph."""
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     flags = f" ({', '.join(machine['flags'])})" if machine["flags"] else ""
-    read = f"; memory reads {results.bandwidth.median / 1e9:.0f} GB/s" if results.bandwidth else ""
+    read = f"; memory reads {bandwidth.median / 1e9:.0f} GB/s" if bandwidth else ""
     return (
         f"{results.date}, {machine['cpu']}{flags}, {machine['logical_processors']} logical processors, "
         f"{machine['memory_gib']} GiB, {machine['system']}, {results.threads} threads each{read}. {versions}."

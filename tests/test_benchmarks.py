@@ -194,7 +194,7 @@ def test_claims_of_an_empty_run_are_not_measured() -> None:
 def test_results_survive_json(tmp_path: Path) -> None:
     written = make_results()
     results.save(written, tmp_path / "results.json")
-    assert results.load(tmp_path / "results.json") == written
+    assert results.load(results.Results, tmp_path / "results.json", format=results.FORMAT) == written
 
 
 def test_results_with_missing_or_unknown_fields_are_refused(tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_results_with_missing_or_unknown_fields_are_refused(tmp_path: Path) -> N
     results.save(make_results(), path)
     path.write_text(path.read_text().replace('"new_tokens"', '"fresh_tokens"', 1))
     with pytest.raises(ValueError, match=r"rows\[0\].*new_tokens.*fresh_tokens"):
-        results.load(path)
+        results.load(results.Results, path, format=results.FORMAT)
     path.write_text('{"format": 99}')
     with pytest.raises(ValueError, match="format 99"):
-        results.load(path)
+        results.load(results.Results, path, format=results.FORMAT)
 
 
 def test_tables_have_as_many_cells_as_columns() -> None:
@@ -260,7 +260,8 @@ def test_a_run_without_a_case_is_published_only_if_its_notes_say_so(
     monkeypatch.setattr(run, "publish", lambda _: published.append(True))
     published: list[bool] = []
     path = tmp_path / "results.json"
-    kept = results.load(Path(run.__file__).parent / "results" / "2026-11-25-amd-epyc.json")
+    published = Path(run.__file__).parent / "results" / "2026-11-25-amd-epyc.json"
+    kept = results.load(results.Results, published, format=results.FORMAT)
     results.save(dataclasses.replace(kept, notes=[]), path)
     assert run.main(["--render", str(path)]) == 2
     assert not published

@@ -69,7 +69,6 @@ def make_results(ratio: float = 2.0, memory: float = 0.4) -> report.WingResults:
         },
         threads=2,
         versions={"python": "3.11.0"},
-        bandwidth=None,
         others_share=Spread(0.01, 0.0, 0.2),
         is_quick=False,
         rows=rows,
@@ -184,6 +183,36 @@ def test_batches_hold_the_same_texts_padded_and_packed() -> None:
     assert (padded["labels"][~is_token] == -100).all()
     # The model shifts labels: what counts are those after the first of each text.
     assert (padded["labels"][:, 1:] != -100).sum() == (packed["labels"][:, 1:] != -100).sum() == 2 + 4
+
+
+def test_texts_that_differ_in_one_token_or_in_the_order_of_two_end_the_run() -> None:
+    torch = pytest.importorskip("torch")
+    from benchmarks.wing.torch_worker import TorchWorker
+
+    class Saying:
+        """A model that generates what it is told."""
+
+        def __init__(self, new: list[list[int]]) -> None:
+            self.new = new
+
+        def eval(self) -> None:
+            """Nothing to switch."""
+
+        def generate(self, ids: Any, **_: Any) -> Any:
+            return torch.cat([ids, torch.tensor(self.new)], 1)
+
+    def check(new: list[list[int]]) -> float:
+        worker = TorchWorker()
+        worker.model = Saying(new)
+        options = {"is_packed": False, "skips_logits": False}
+        return worker.generate(sequences=2, tokens=5, new_tokens=3, **options)["check"]
+
+    task = next(task for task in tasks_of(QUICK) if task.name.startswith("generate"))
+    said = [[50_000, 41, 7], [9, 50_001, 3]]
+    measure.check_agreement("17m", task, [check(said), check(said)])
+    for other in ([[50_000, 41, 8], said[1]], [[41, 50_000, 7], said[1]], said[::-1]):
+        with pytest.raises(ValueError, match="the ways came to different results"):
+            measure.check_agreement("17m", task, [check(said), check(other)])
 
 
 def test_a_quick_run_measures_both_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def line(later: list[int]) -> MemoryLine:
 
 def results(rows: list[Row], memory: list[MemoryLine]) -> ThroughputResults:
     machine = {"cpu": "a processor", "flags": [], "logical_processors": 2, "memory_gib": 8, "system": "Linux"}
-    return ThroughputResults(FORMAT, "2026-01-01", machine, 2, {"numpy": "2"}, None, rows, memory)
+    return ThroughputResults(FORMAT, "2026-01-01", machine, 2, {"numpy": "2"}, False, rows, memory)
 
 
 def test_ratios_are_taken_within_rounds() -> None:

@@ -70,7 +70,6 @@ def make_results(load: Workload = FULL, **changes: float) -> report.TrainingResu
         machine=machine,
         threads=2,
         versions={"python": "3.11.0"},
-        bandwidth=None,
         others_share=Spread(0.01, 0.0, 0.2),
         is_quick=False,
         rows=rows,

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from benchmarks.experiments.catalogue import EXPERIMENTS
 from benchmarks.experiments.page import full_page
-from benchmarks.experiments.study import Request, load, run, save
+from benchmarks.experiments.study import FORMAT, Request, Study, run
 from benchmarks.machine import slug
 from benchmarks.peers import ENGINE_CACHE
 from benchmarks.protocol import REPOSITORY
+from benchmarks.results import load, save
 from benchmarks.shapes import SHAPES
 from modernbert_decoder.machine import usable_threads
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure or render."""
     options = parse(arguments)
     if options.render:
-        PAGE.write_text(full_page(load(options.render)), encoding="utf-8")
+        PAGE.write_text(full_page(load(Study, options.render, format=FORMAT)), encoding="utf-8")
         return 0
     os.environ["MBD_CACHE"] = str(ENGINE_CACHE)
     request = make_request(options)

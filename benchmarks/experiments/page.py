@@ -8,7 +8,7 @@ from benchmarks.experiments.catalogue import CONTROLS, EXPERIMENTS, Experiment
 from benchmarks.experiments.measure import NOTEWORTHY, Ratio
 from benchmarks.experiments.study import Outcome, Study
 from benchmarks.summary import MEASURES
-from benchmarks.tables import number, table
+from benchmarks.tables import number, setting, table
 
 Model = tuple[str, str]  # size, format
 Noise = Mapping[Model, Mapping[str, float]]
@@ -54,7 +54,8 @@ def full_page(study: Study) -> str:
     sections = [
         "# Experiments",
         _METHOD.replace("PROMPT", str(study.prompt_tokens)).replace("LEAST", f"{NOTEWORTHY:.0%}"),
-        _setting(study),
+        setting(study),
+        _others(study),
         *study.notes,
         "## Findings",
         _findings(study.outcomes, noise),
@@ -67,16 +68,9 @@ def full_page(study: Study) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _setting(study: Study) -> str:
-    machine = study.machine
-    versions = ", ".join(f"{name} {version}" for name, version in study.versions.items())
-    flags = f" ({', '.join(machine['flags'])})" if machine["flags"] else ""
+def _others(study: Study) -> str:
     shares = [each.others_share for each in study.outcomes if each.others_share is not None]
-    others = f" Other programs took at most {max(shares):.1%} of the processors (medians)." if shares else ""
-    return (
-        f"{study.date}, {machine['cpu']}{flags}, {machine['logical_processors']} logical processors, "
-        f"{machine['system']}, {study.threads} threads. {versions}.{others}"
-    )
+    return f"Other programs took at most {max(shares):.1%} of the processors (medians)." if shares else ""
 
 
 def noise_of(outcomes: Iterable[Outcome]) -> dict[Model, dict[str, float]]:

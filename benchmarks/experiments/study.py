@@ -7,11 +7,9 @@ is loaded beside it.
 from __future__ import annotations
 
 import datetime
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +31,7 @@ from benchmarks.experiments.outside import Outside, outside_network
 from benchmarks.experiments.profile import Profile, profile
 from benchmarks.machine import describe_machine, harness_versions
 from benchmarks.quality import held_out_windows, shared_folder
-from benchmarks.results import from_json
+from benchmarks.results import Setting
 from modernbert_decoder.architecture import released_architecture
 from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.quantization import QuantizationScheme
@@ -72,38 +70,15 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Study:
-    """One run: setting, outcomes, profiles, what lies outside the network, perplexities, notes."""
+class Study(Setting):
+    """One run: outcomes, profiles, what lies outside the network, perplexities, notes."""
 
-    format: int
-    date: str
-    machine: dict[str, Any]
-    threads: int
-    versions: dict[str, str]
     prompt_tokens: int
     outcomes: list[Outcome]
     profiles: list[Profile]
     outside: list[Outside]
     qualities: list[BlockQuality]
     notes: list[str]
-
-
-def save(study: Study, path: Path) -> None:
-    """Write the run as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(study), indent=1) + "\n", encoding="utf-8")
-
-
-def load(path: Path) -> Study:
-    """Read a run that `save` wrote.
-
-    Raises:
-        ValueError: another format, or fields missing or unknown.
-    """
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored.get("format") != FORMAT:
-        raise ValueError(f"{path.name} has format {stored.get('format')!r}, this version reads {FORMAT}")
-    return from_json(Study, stored)
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
-import json
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.contention import MOST_REPEATS, ContentionMeter, is_quiet
-from benchmarks.machine import describe_machine, harness_versions, slug
-from benchmarks.peers import CACHE, Absent
-from benchmarks.protocol import REPOSITORY
-from benchmarks.results import from_json
+from benchmarks.machine import describe_machine, harness_versions
+from benchmarks.peers import Absent
+from benchmarks.publishing import Publication
 from benchmarks.serving.load import LoadResult, Workload, run_load
 from benchmarks.serving.report import FORMAT, Group, Line, ServingResults, page
 from benchmarks.serving.servers import (
@@ -146,42 +144,39 @@ def _load(server: RunningServer, group: Group, *, clients: int, seconds: float, 
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure or render."""
-    options = parse(arguments)
-    docs = REPOSITORY / "docs" / "serving-benchmarks.md"
-    if options.render:
-        results = from_json(ServingResults, json.loads(options.render.read_text(encoding="utf-8")))
-        docs.write_text(page(results), encoding="utf-8")
-        return 0
+def run(options: argparse.Namespace) -> ServingResults:
+    """Measure what the command line asks for."""
     if options.quick:
         options.sizes = ["17m"]
     absent: list[Absent] = []
     lines = [line for group in groups(options, absent) for line in measure(group, options, absent)]
     for each in absent:
         report(f"{each}; llama-server is named in {LLAMA_VARIABLE}")
-    results = ServingResults(
+    return ServingResults(
         format=FORMAT,
         date=datetime.date.today().isoformat(),
         machine=describe_machine(),
         threads=options.threads,
         versions=harness_versions(),
-        bandwidth=None,
+        is_quick=options.quick,
         absent=absent,
         lines=lines,
     )
-    is_full = not options.quick and tuple(options.sizes) == SIZES and tuple(options.clients) == CLIENTS
-    folder = REPOSITORY / "benchmarks" / "results" if is_full else CACHE / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{results.date}-{slug(results.machine['cpu'])}-serving.json"
-    path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
-    report(f"wrote {path.name}")
-    if is_full:
-        docs.write_text(page(results), encoding="utf-8")
-        report("wrote docs/serving-benchmarks.md")
-    else:
-        print(page(results))
-    return 0
+
+
+def is_complete(results: ServingResults) -> bool:
+    """Whether every size was loaded by every number of clients, at full length."""
+    measured = {(line.size, line.clients) for line in results.lines}
+    return not results.is_quick and measured >= {(size, clients) for size in SIZES for clients in CLIENTS}
+
+
+PUBLICATION = Publication(ServingResults, FORMAT, "serving", "serving-benchmarks.md", page, is_complete)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure or render."""
+    options = parse(arguments)
+    return PUBLICATION.render(options.render) if options.render else PUBLICATION.store(run(options))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.peers import Absent
+from benchmarks.results import Setting
 from benchmarks.serving.load import LoadResult, Workload
 from benchmarks.serving.servers import LLAMA, OURS, Setup
 from benchmarks.summary import Spread
@@ -102,15 +102,10 @@ class Line:
 
 
 @dataclass(frozen=True)
-class ServingResults:
-    """One run; `bandwidth` is not measured here and there only for `setting`."""
+class ServingResults(Setting):
+    """One run."""
 
-    format: int
-    date: str
-    machine: dict[str, Any]
-    threads: int
-    versions: dict[str, str]
-    bandwidth: Spread | None
+    is_quick: bool
     absent: list[Absent]
     lines: list[Line]
 
@@ -120,7 +115,7 @@ def page(results: ServingResults) -> str:
     parts = [
         "# Serving under load",
         "Written by `python -m benchmarks.serving` from one run.",
-        setting(results),  # type: ignore[arg-type]
+        setting(results),
         _SETTING,
         "## Numbers to hold",
         _claims(results.lines),

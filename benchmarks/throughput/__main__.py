@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.machine import describe_machine, harness_versions, slug
+from benchmarks.machine import describe_machine, harness_versions
 from benchmarks.peers import CACHE
-from benchmarks.protocol import REPOSITORY
+from benchmarks.publishing import Publication
 from benchmarks.quality import shared_folder
-from benchmarks.results import from_json
 from benchmarks.session import report
 from benchmarks.throughput.corpora import CORPORA
 from benchmarks.throughput.measure import Plan, load_workers, measure_corpus, measure_memory
@@ -69,42 +66,37 @@ def measure(options: argparse.Namespace, shared: Path) -> ThroughputResults:
         machine=describe_machine(),
         threads=options.threads,
         versions=versions,
-        bandwidth=None,
+        is_quick=options.quick,
         rows=rows,
         memory=memory,
     )
 
 
-def publish(results: ThroughputResults) -> None:
-    """Write the page and the plot."""
-    docs = REPOSITORY / "docs"
-    (docs / "throughput.md").write_text(page(results), encoding="utf-8")
+def is_complete(results: ThroughputResults) -> bool:
+    """Whether every corpus was measured at every size, at full length, and the memory of many texts."""
+    measured = {(row.size, row.corpus) for row in results.rows}
+    wanted = {(size, corpus.name) for size in SIZES for corpus in CORPORA}
+    return not results.is_quick and measured >= wanted and bool(results.memory)
+
+
+def draw(results: ThroughputResults, docs: Path) -> None:
+    """The page's picture."""
     draw_memory(results.memory, docs / "throughput-memory.png")
-    report("wrote docs/throughput.md and docs/throughput-memory.png")
+
+
+PUBLICATION = Publication(ThroughputResults, FORMAT, "throughput", "throughput.md", page, is_complete, draw)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure or render."""
     options = parse(arguments)
     if options.render:
-        publish(from_json(ThroughputResults, json.loads(options.render.read_text(encoding="utf-8"))))
-        return 0
+        return PUBLICATION.render(options.render)
     shared = shared_folder()
     if shared is None:
         report("the texts are not here: set MBD_SHARED to the folder that holds data/ and corpus/")
         return 2
-    results = measure(options, shared)
-    is_full = not options.quick and tuple(options.sizes) == SIZES
-    folder = REPOSITORY / "benchmarks" / "results" if is_full else CACHE / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{results.date}-{slug(results.machine['cpu'])}-throughput.json"
-    path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
-    report(f"wrote {path.name}")
-    if is_full:
-        publish(results)
-    else:
-        print(page(results))
-    return 0
+    return PUBLICATION.store(measure(options, shared))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.summary import ENGINE, Spread
+from benchmarks.results import Setting
+from benchmarks.summary import ENGINE
 from benchmarks.tables import number, setting, spread_text, table
 from benchmarks.throughput.measure import MemoryLine, Row
 
@@ -27,15 +27,10 @@ _FLAT_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class ThroughputResults:
-    """One run; `bandwidth` is not measured here and there only for `setting`."""
+class ThroughputResults(Setting):
+    """One run."""
 
-    format: int
-    date: str
-    machine: dict[str, Any]
-    threads: int
-    versions: dict[str, str]
-    bandwidth: Spread | None
+    is_quick: bool
     rows: list[Row]
     memory: list[MemoryLine]
 

@@ -55,7 +55,6 @@ def run(options: argparse.Namespace) -> TrainingResults:
         machine=machine,
         threads=options.threads,
         versions=harness_versions() | measured.versions,
-        bandwidth=None,
         others_share=Spread.of(measured.others_shares) if measured.others_shares else None,
         is_quick=options.quick,
         rows=measured.rows,

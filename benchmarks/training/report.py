@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.claims import Claim
+from benchmarks.results import Setting
 from benchmarks.summary import Spread
 from benchmarks.tables import number, setting, spread_text, table
 from benchmarks.training.cases import FULL, OURS, SIZE, UPSTREAM, Way, available_precisions
@@ -23,15 +23,9 @@ LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class TrainingResults:
-    """One run; the fields that it shares with `Results` mean the same there."""
+class TrainingResults(Setting):
+    """One run; `others_share` and `is_quick` are as in `Results`."""
 
-    format: int
-    date: str
-    machine: dict[str, Any]
-    threads: int
-    versions: dict[str, str]
-    bandwidth: Spread | None
     others_share: Spread | None
     is_quick: bool
     rows: list[Row]
@@ -89,7 +83,7 @@ def page(results: TrainingResults) -> str:
         "# Benchmarks of training",
         "Written by `python -m benchmarks.training` from one run.",
         _partial(results),
-        setting(results),  # type: ignore[arg-type]
+        setting(results),
         *_method(),
         _meanwhile(results.others_share),
         "## Numbers to hold",

@@ -63,7 +63,6 @@ def measure(options: argparse.Namespace) -> WingResults:
         machine=describe_machine(),
         threads=options.threads,
         versions=versions,
-        bandwidth=None,
         others_share=Spread.of(shares) if shares else None,
         is_quick=is_quick,
         rows=rows,

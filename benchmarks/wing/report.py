@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.claims import Claim
+from benchmarks.results import Setting
 from benchmarks.summary import Spread
 from benchmarks.tables import number, setting, spread_text, table
 from benchmarks.wing.cases import LOSS, LOSS_TOKENS, NEW_TOKENS, TRAINING, lengths
@@ -23,15 +23,9 @@ _LEAST_ANY = 0.97
 
 
 @dataclass(frozen=True)
-class WingResults:
-    """One run; the fields that it shares with `Results` mean the same there."""
+class WingResults(Setting):
+    """One run; `others_share`, `is_quick` and `notes` are as in `Results`."""
 
-    format: int
-    date: str
-    machine: dict[str, Any]
-    threads: int
-    versions: dict[str, str]
-    bandwidth: Spread | None
     others_share: Spread | None
     is_quick: bool
     rows: list[Row]

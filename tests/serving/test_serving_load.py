@@ -93,7 +93,7 @@ def test_the_page_says_whether_the_target_was_held(rate: int, verdict: str) -> N
         "memory_gib": 1.0,
         "system": "Linux x86_64",
     }
-    results = ServingResults(FORMAT, "2026-01-01", machine, 2, {"python": "3"}, None, [], lines)
+    results = ServingResults(FORMAT, "2026-01-01", machine, 2, {"python": "3"}, False, [], lines)
     again = from_json(ServingResults, json.loads(json.dumps(asdict(results))))
     assert again == results
     assert f"| {verdict} | no worse first token | held |" in page(again)

@@ -331,10 +331,6 @@ class PrefixCache:
                 spaced.append(place)
         return spaced
 
-    def chunk_end(self, request: Request, end: int) -> int:
-        """Where a chunk that could reach `end` ends: at a pause, if it would pass one."""
-        return next((pause for pause in request.pauses if request.num_prefilled < pause < end), end)
-
     def keep(self, request: Request) -> None:
         """Makes a mark behind what has been prefilled so far, if it is worth its memory."""
         if not request.is_shareable:

@@ -257,11 +257,7 @@ class Scheduler:
             assert row is not None
             if not self._begin(request):
                 continue
-            end = min(request.num_prefilled + min(budget, most), len(request.prompt_ids))
-            if self.is_batch_invariant:
-                end = self._paired_end(request, end)
-            elif self.prefix_cache is not None:
-                end = self.prefix_cache.chunk_end(request, end)
+            end = self._chunk_end(request, request.num_prefilled + min(budget, most))
             row.token_ids = request.prompt_ids[request.num_prefilled : end]
             row.num_logits = int(end == len(request.prompt_ids))
             chosen.append((request, row))
@@ -277,12 +273,16 @@ class Scheduler:
             if request.num_prefilled == len(request.prompt_ids):
                 self._start_decoding(request, logits[0])
 
-    def _paired_end(self, request: Request, end: int) -> int:
-        """Where a chunk that could reach `end` ends: at a pause, if not before, and never with one token."""
-        start, stops = request.num_prefilled, [len(request.prompt_ids)]
-        if self.prefix_cache is not None:
-            stops = [*(pause for pause in request.pauses if pause - start >= FEWEST_TOKENS), *stops]
-        return chunk_end(start, min(end, stops[0]), stops[0])
+    def _chunk_end(self, request: Request, end: int) -> int:
+        """Where a chunk that could reach `end` ends: at a pause or the prompt's end, if it would pass one.
+
+        If batch-invariant, a chunk has more than one token, so a pause that is too near is passed.
+        """
+        start, fewest = request.num_prefilled, FEWEST_TOKENS if self.is_batch_invariant else 1
+        pauses = request.pauses if self.prefix_cache is not None else ()
+        stop = next((pause for pause in pauses if pause - start >= fewest), len(request.prompt_ids))
+        end = min(end, stop)
+        return chunk_end(start, end, stop) if self.is_batch_invariant else end
 
     def _shares(self) -> list[tuple[Request, int]]:
         """Prompts in the order in which this step feeds them, and most tokens for each.
