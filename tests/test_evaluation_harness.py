@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,10 +24,12 @@ pytest.importorskip("datasets")
 from modernbert_decoder.evaluation.harness import (
     TASKS_FOLDER,
     TaskOptions,
+    _results,
     comparison_rows,
     run_tasks,
 )
 from modernbert_decoder.evaluation.harness_model import EngineModel
+from modernbert_decoder.evaluation.published import published_tasks
 
 CONTEXT = 192
 # Two float32 implementations; a sum over some dozens of tokens.
@@ -71,6 +75,7 @@ def reference(folder: Path) -> Any:
     )
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (CLS, SEP, PAD)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(model).__module__.startswith("transformers.")  # not ours, should a test have registered it
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, add_bos_token=True, device="cpu")
 
 
@@ -204,12 +209,16 @@ def data(tmp_path: Path) -> dict[str, str]:
     return paths
 
 
-def test_local_tasks_give_what_the_harness_computes_itself(
-    engine: EngineModel, reference: Any, data: dict[str, str]
+def test_local_tasks_give_what_the_harness_computes_itself_without_a_network(
+    engine: EngineModel, reference: Any, data: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    def refuse(self: socket.socket, address: object) -> None:
+        raise AssertionError(f"connects to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     tasks = ("lambada_file", "multiple_choice_file", "texts_file")
     found = run_tasks(engine.llm, TaskOptions(tasks=tasks, data_files=data))
     manager = TaskManager(
@@ -225,25 +234,71 @@ def test_local_tasks_give_what_the_harness_computes_itself(
     assert counts == {"lambada_file": 2, "multiple_choice_file": 3, "texts_file": 1}
 
 
-def test_a_task_file_of_ones_own_is_found(engine: EngineModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings", "metrics"),
+    [
+        ("loglikelihood", {"doc_to_text": "q", "doc_to_target": "a"}, {"acc"}),
+        (
+            "multiple_choice",
+            {"doc_to_text": "q", "doc_to_choice": ["a", "slept", "ran home"], "doc_to_target": "n"},
+            {"acc", "acc_norm"},
+        ),
+    ],
+)
+def test_a_task_file_of_ones_own_gives_what_the_harness_computes(
+    engine: EngineModel,
+    reference: Any,
+    tmp_path: Path,
+    kind: str,
+    settings: dict[str, Any],
+    metrics: set[str],
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"q": f"Number {i}", "a": " x"}) + "\n" for i in range(4)))
+    documents = [{"q": f"The fox, number {i},", "a": " x", "n": i % 3} for i in range(6)]
+    rows.write_text("".join(json.dumps(document) + "\n" for document in documents))
     task = {
         "task": "my_task",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(tmp_path / "cache")},
-        "output_type": "loglikelihood",
+        "output_type": kind,
         "test_split": "test",
-        "doc_to_text": "q",
-        "doc_to_target": "a",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics
+        ],
+        **settings,
     }
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "my_task.yaml").write_text(json.dumps(task))  # JSON is YAML
-    options = TaskOptions(tasks=("my_task",), data_files={}, include_path=folder, limit=3)
-    (result,) = run_tasks(engine.llm, options)
-    assert (result.task, result.metric, result.num_documents) == ("my_task", "acc", 3)
+    options = TaskOptions(tasks=("my_task",), data_files={}, include_path=folder, limit=5)
+    found = {each.metric: each for each in run_tasks(engine.llm, options)}
+    assert found.keys() == metrics
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    expected = simple_evaluate(reference, tasks=["my_task"], task_manager=manager, bootstrap_iters=0, limit=5)
+    for metric, result in found.items():
+        assert result.num_documents == 5
+        assert result.value == pytest.approx(expected["results"]["my_task"][f"{metric},none"])
+
+
+def test_the_tasks_of_the_published_table_are_the_harness_own() -> None:
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    options = TaskOptions(tasks=("ettin",), data_files={})
+    names = options.names()
+    assert names == list(published_tasks())
+    assert len(names) == 10
+    tasks = Path(lm_eval.tasks.__file__).parent
+    folders = ("arc", "hellaswag", "lambada", "openbookqa", "piqa", "sciq", "siqa", "triviaqa", "winogrande")
+    own = [str(tasks / folder) for folder in (*folders, "wsc273")]  # all of its thousands take long to read
+    manager = TaskManager(include_path=own, include_defaults=False)
+    assert all(manager.match_tasks([name]) == [name] for name in names)
+    found = {"results": {"triviaqa": {"exact_match,remove_whitespace": 0.03, "alias": "triviaqa"}}}
+    (result,) = _results(found, size="17m")
+    assert (result.metric, result.value, result.published) == ("exact_match,remove_whitespace", 0.03, 0.026)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +358,8 @@ def test_the_harness_itself_runs_our_model_by_its_name(folder: Path, data: dict[
         *("--tasks", str(TASKS_FOLDER / "lambada_file.yaml"), "--metadata"),
         json.dumps({"data_files": {"lambada_file": data["lambada_file"]}}),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=offline)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|lambada_file|" in done.stdout
 

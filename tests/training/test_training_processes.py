@@ -101,12 +101,18 @@ def test_two_replicas_under_torchrun_learn_as_one_process(recipe: Path, alone: P
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_processes_with_a_sharded_model_learn_as_one_and_go_on_from_their_shards(
+def test_a_sharded_model_learns_as_one_and_goes_on_from_its_shards_under_accelerates_launcher(
     recipe: Path, alone: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    arguments = (str(recipe), str(out), str(free_port()), "pretrain", "")
-    run_program(str(PROGRAM), *arguments, environment=FSDP)
+    run_program(str(PROGRAM), str(recipe), str(out), str(free_port()), "pretrain", environment=FSDP)
+    assert not (out / "model").exists()
+    launcher = ("-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", "2")
+    address = ("--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()))
+    sharding = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+    stored = ("--fsdp_state_dict_type", "SHARDED_STATE_DICT", "--mixed_precision", "no")
+    command = ("-m", "modernbert_decoder.cli", "train", "pretrain", str(recipe), "--out", str(out))
+    run_program(*launcher, *address, *sharding, *stored, *command, environment={})
     newest = check(out, alone)
     assert (newest / "pytorch_model_fsdp_0").is_dir()
     assert not (newest / "optimizer.pt").exists()
