@@ -3,7 +3,7 @@
 Every variant is the recipe `storyteller` with some keys changed and its tokens set so that all cost the same
 number of operations. A run that was interrupted goes on; a finished one is not repeated.
 
-    python -m benchmarks.storyteller_scaling --corpus ../shared/corpus --out build/scaling --tera 60
+    python -m benchmarks.storyteller_scaling --corpus corpus --out build/scaling --tera 60
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Perplexity of the bundled model by block size, on the held-out books that benchmarks/quality.py reads.
 
-The bundled model is 192 wide: only its feed-forward output (384 columns) can be cut into blocks of 128, the
-others fall back to 64. So that longer blocks are tried in earnest, some schemes pad every row of the layers
+The bundled model is 256 wide, but its feed-forward output has 384 columns, which cannot be cut into blocks of
+256 and fall back to 128. So that longer blocks are tried in earnest, some schemes pad every row of the layers
 to whole blocks, which the package does not do.
 """
 

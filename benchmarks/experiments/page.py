@@ -40,9 +40,9 @@ A decode step of the package, int8, one sequence, in microseconds (medians): *fe
 *text* is detokenization, stop strings and bookkeeping."""
 
 _QUALITY_LEGEND = """\
-The bundled model on the held-out books. It is 192 wide: of its matrices only the feed-forward output, 384
-columns, can be cut into blocks of 128, and the others fall back to 64. *Whole blocks* pad every row, which
-the package does not do, to show what longer blocks cost. The vocabulary is in 8 bits where nothing is said.
+The bundled model on the held-out books. It is 256 wide; its feed-forward output, 384 columns, cannot be cut
+into blocks of 256 and falls back to 128. *Whole blocks* pad every row, which the package does not do, to show
+what longer blocks cost. The vocabulary is in 8 bits where nothing is said.
 Every sixth window of the books is read, so that the figures differ a little from docs/benchmarks.md, which
 reads all."""
 

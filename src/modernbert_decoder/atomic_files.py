@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,7 +46,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             os.replace(temporary, path)
             _sync(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or in a folder that may not be searched: the first error counts
+            temporary.unlink()
         raise
 
 
@@ -68,9 +69,10 @@ def write_folder(destination: Path, write: Callable[[Path], None], *, overwrite:
             is full.
     """
     destination = Path(os.path.abspath(os.path.expanduser(destination)))
-    if destination.is_symlink():
-        destination = destination.resolve()
-    _check_destination(destination, overwrite=overwrite)
+    with _writing(destination):
+        if destination.is_symlink():
+            destination = destination.resolve()
+        _check_destination(destination, overwrite=overwrite)
     temporary = _temporary_name(destination)
     try:
         with _writing(destination):
@@ -78,9 +80,7 @@ def write_folder(destination: Path, write: Callable[[Path], None], *, overwrite:
             temporary.mkdir()
             write(temporary)
             make_readable(temporary)
-            for path in temporary.rglob("*"):
-                _sync(path)
-            _sync(temporary)
+            sync_folder(temporary)
             _rename_folder(temporary, destination)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -97,15 +97,20 @@ def make_readable(folder: Path) -> None:
         path.chmod(path.stat().st_mode | readable)
 
 
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder and everything in it to the disk."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
 def _check_destination(destination: Path, *, overwrite: bool) -> None:
     """Refuse a destination whose content would be lost or mixed with the new one."""
     if not destination.exists():
         return
     if not destination.is_dir():
         raise InputError(f"{destination} is a file; give the name of a folder that does not exist yet")
-    with _writing(destination):
-        is_empty = not any(destination.iterdir())
-    if is_empty:
+    if not any(destination.iterdir()):
         return
     if not overwrite:
         raise InputError(f"{destination} exists and is not empty; choose another name or ask to overwrite it")

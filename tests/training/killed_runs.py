@@ -1,7 +1,8 @@
-"""Runs a recipe again and again, killing it at given points with SIGKILL, until it ends: a program for tests.
+"""Trains again and again, killed at given points with SIGKILL, until it ends: a program for tests.
 
-Arguments: the recipe, the folder of the run, a JSON list of points `[function, nth call, when]`. PyTorch is
-imported once; every run is a fork of this process, which itself computes nothing. Prints how each run ended.
+Arguments: a recipe to pretrain, or (`.json`) a `Job` of forked_jobs.py; a folder for the runs; a JSON list of
+points `[function, nth call, when]`. PyTorch is imported once; every run is a fork of this process, which
+itself computes nothing. Prints how each run ended.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked_jobs import Job, train
+from transformers import TrainerState
 
+from modernbert_decoder.training import finetune_run
+from modernbert_decoder.training.finetune_trainer import FinetuneTrainer
 from modernbert_decoder.training.pretraining import pretrain
 from modernbert_decoder.training.recipe_files import read_recipe
 from modernbert_decoder.training.trainer import PretrainingTrainer
@@ -24,9 +30,13 @@ from modernbert_decoder.training.trainer import PretrainingTrainer
 PLACES: dict[str, tuple[Any, str]] = {
     "fsync": (os, "fsync"),
     "rename": (os, "rename"),
+    "replace": (os, "replace"),
     "rmtree": (shutil, "rmtree"),
     "save": (torch, "save"),
+    "state": (TrainerState, "save_to_json"),
     "step": (PretrainingTrainer, "training_step"),
+    "step of fine-tuning": (FinetuneTrainer, "training_step"),
+    "result of fine-tuning": (finetune_run, "_leave"),
 }
 
 
@@ -49,7 +59,15 @@ def kill_at(place: str, nth: int, when: str) -> None:
     setattr(owner, name, counted)
 
 
-def run_once(recipe: Path, out: Path, point: list[Any] | None) -> str:
+def training_of(path: Path) -> Callable[[Path], Any]:
+    """What trains in a folder, as a recipe or a job says."""
+    if path.suffix == ".json":
+        job = Job(**json.loads(path.read_text(encoding="utf-8")))
+        return lambda out: train(replace(job, out=str(out)))
+    return lambda out: pretrain(read_recipe(path), out, write=lambda line: None)
+
+
+def run_once(training: Callable[[Path], Any], out: Path, point: list[Any] | None) -> str:
     """One run in a process of its own; returns how it ended."""
     child = os.fork()
     if child == 0:
@@ -58,7 +76,7 @@ def run_once(recipe: Path, out: Path, point: list[Any] | None) -> str:
             torch.set_num_threads(1)
             if point is not None:
                 kill_at(*point)
-            pretrain(read_recipe(recipe), out, write=lambda line: None)
+            training(out)
             code = 0
         finally:
             sys.stderr.flush()
@@ -68,10 +86,10 @@ def run_once(recipe: Path, out: Path, point: list[Any] | None) -> str:
 
 
 def main() -> None:
-    recipe, out, points = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    endings = [run_once(recipe, out / "struck", point) for point in points]
-    endings.append(run_once(recipe, out / "struck", None))
-    endings.append(run_once(recipe, out / "whole", None))
+    training, out, points = training_of(Path(sys.argv[1])), Path(sys.argv[2]), json.loads(sys.argv[3])
+    endings = [run_once(training, out / "struck", point) for point in points]
+    endings.append(run_once(training, out / "struck", None))
+    endings.append(run_once(training, out / "whole", None))
     print(json.dumps(endings))
 
 

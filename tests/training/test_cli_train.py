@@ -11,6 +11,8 @@ from tiny_runs import recipe_table, write_texts
 
 from modernbert_decoder.cli import main
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
@@ -70,3 +72,26 @@ def test_mistakes_end_with_2_and_one_message(
         captured = capsys.readouterr()
         assert message in captured.err
         assert "Traceback" not in captured.err
+
+
+def test_the_smoke_recipe_trains_all_phases_on_markdown_and_its_model_generates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {
+        "phases.0.tokens": 4096,  # the recipe's proportions, a hundredth of its length
+        "phases.0.batch_warmup_tokens": 1024,
+        "phases.0.warmup_tokens": 1024,
+        "phases.1.tokens": 4096,
+        "phases.1.decay_tokens": 4096,
+        "phases.2.tokens": 4096,
+        "phases.2.decay_tokens": 4096,
+    }
+    options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    arguments = ["--data", str(ROOT / "docs" / "*.md"), "--out", str(tmp_path / "run"), *options]
+    assert main(["train", "pretrain", "smoke", *arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"] == str(tmp_path / "run" / "model")
+    assert report["tokens"] == 3 * 4096
+    assert {path.name for path in (tmp_path / "run" / "phases").iterdir()} == {"1-pretrain", "2-extend"}
+    assert main(["generate", "--model", report["model"], "--max-tokens", "8", "--json", "A run is"]) == 0
+    assert json.loads(capsys.readouterr().out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from modernbert_decoder.conversion.convert import convert_checkpoint
 from modernbert_decoder.conversion.kinds import CheckpointKind
 from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.errors import InputError
-from modernbert_decoder.training.cross import cross
+from modernbert_decoder.training.cross import MaskedTrainer, cross
 from modernbert_decoder.training.errors import RecipeError
 from modernbert_decoder.training.masked_encoder import MaskedNextTokenEncoder
 from modernbert_decoder.training.masking import Masking
+from modernbert_decoder.training.recipe import rate_schedule
 from modernbert_decoder.training.recipe_files import read_recipe
 from modernbert_decoder.training.sequences import TokenSequence
 
@@ -225,9 +228,53 @@ def test_a_decoder_goes_on_as_an_encoder_that_transformers_loads(
     assert not torch.equal(start["model.layers.1.attn.Wqkv.weight"], saved["model.layers.1.attn.Wqkv.weight"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(result.folder)
     assert tokenizer.mask_token == "[MASK]"
-    card = (result.folder / "README.md").read_text()
-    assert "15% of the tokens are hidden" in card
-    assert (result.folder / "curve.csv").read_text().startswith("step,tokens,loss")
+
+
+def test_the_folder_of_an_encoder_tells_where_it_comes_from(
+    pretrained: Path, recipe: str, files: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    folder = cross(pretrained, tmp_path / "out", to="encoder", recipe=recipe, write=silent).folder
+    with (folder / "curve.csv").open(newline="") as file:
+        entries = list(csv.DictReader(file))
+    assert [(int(entry["step"]), int(entry["tokens"])) for entry in entries] == [(4, 512), (8, 1024)]
+    last = np.mean([float(entry["loss"]) for entry in entries])
+    card = (folder / "README.md").read_text()
+    for said in (
+        "15% of the tokens are hidden",
+        *(f"`{name}`" for name in files),
+        "![Loss](curve.png)",
+        f"over the last 2 entries of `curve.csv`: {last:.4f} nats per token",
+    ):
+        assert said in card
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert read_recipe(folder / "recipe.yaml").data.files == tuple(files)
+
+
+def test_operations_follow_from_the_share_of_hidden_tokens(
+    pretrained: Path, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[tuple[int, float]] = []
+    original = MaskedTrainer._training_flops
+
+    def count(self: MaskedTrainer) -> float:
+        counted.append((self._mean_length, original(self)))
+        return counted[-1][1]
+
+    monkeypatch.setattr(MaskedTrainer, "_training_flops", count)
+    options: dict[str, Any] = {"to": "encoder", "recipe": recipe, "write": silent}
+    options["changes"] = ["phases.0.tokens=512"]
+    for share in (0.15, 0.5):
+        cross(pretrained, tmp_path / f"{share}", mask_share=share, **options)
+    half = len(counted) // 2
+    architecture = Checkpoint.open(pretrained).architecture
+    for (length, few), (same, many) in zip(counted[:half], counted[half:], strict=True):
+        assert length == same > 1
+        body = architecture.flops_per_token(length, with_head=False)
+        head = architecture.flops_per_token(length) - body
+        assert few == pytest.approx(3 * (body + 0.15 * head))
+        assert many == pytest.approx(3 * (body + 0.5 * head))
+    assert half >= 1
 
 
 def test_the_start_is_the_decoder_bit_for_bit(pretrained: Path, recipe: str, tmp_path: Path) -> None:
@@ -284,6 +331,16 @@ def test_the_ready_recipe_is_that_of_the_paper() -> None:
     assert (phase.tokens, phase.warmup_tokens, phase.decay_tokens) == (50e9, 3e9, 10e9)
     assert recipe.optimizer.learning_rate == read_recipe("ettin-17m").optimizer.learning_rate / 2
     assert phase.rope_base is None
+
+
+def test_the_rate_of_the_ready_recipe_is_a_trapezoid_that_ends_at_a_fiftieth() -> None:
+    schedule = rate_schedule(read_recipe("cross"), 0)
+    billion = 1_000_000_000
+    rates = [schedule.at(n) for n in (0, 3 * billion // 2, 3 * billion, 40 * billion, 50 * billion)]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 0.02])
+    for seen in (41 * billion, 45 * billion, 49 * billion):
+        rate = 0.02 + 0.98 * (1 - math.sqrt((seen - 40 * billion) / (10 * billion)))
+        assert schedule.at(seen) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(("layers", "width", "rate"), [(7, 256, 1.5e-3), (22, 768, 4e-4)])

@@ -39,7 +39,8 @@ from modernbert_decoder.training.classification_metrics import confusion, metric
 from modernbert_decoder.training.errors import TrainingError
 from modernbert_decoder.training.finetune import finetune_classifier, finetune_text
 from modernbert_decoder.training.finetune_run import FinetuneSettings, Outcome
-from modernbert_decoder.training.finetune_trainer import LengthSampler, weighted_loss
+from modernbert_decoder.training.finetune_tasks import training_flops_per_token
+from modernbert_decoder.training.finetune_trainer import LengthSampler, TokenCount, weighted_loss
 from modernbert_decoder.training.text_data import IGNORED, TextFiles, read_texts
 
 pytest.importorskip("peft")
@@ -48,6 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ARCHITECTURE = tiny_architecture(num_hidden_layers=2, hidden_size=32, intermediate_size=48, vocab_size=320)
 QUICK = FinetuneSettings(epochs=3, batch_size=8, learning_rate=3e-3, max_length=32, precision="float32")
 LONG = replace(QUICK, epochs=8)
+SATURATED = replace(QUICK, epochs=5, metric="accuracy")
 ANIMALS = ("fox", "hen", "owl")
 
 
@@ -88,6 +90,14 @@ def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Outco
     folder = tmp_path_factory.mktemp("uninterrupted")
     data = LabelledFiles(files=(write_csv(folder / "animals.csv", animal_rows()),))
     return finetune_classifier(base, data, folder / "out", settings=QUICK)
+
+
+@pytest.fixture(scope="module")
+def saturated(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A classifier of animals whose metric no longer improves in its last epochs."""
+    folder = tmp_path_factory.mktemp("saturated")
+    data = LabelledFiles(files=(write_csv(folder / "animals.csv", animal_rows()),))
+    return finetune_classifier(base, data, folder / "out", settings=SATURATED)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -241,6 +251,33 @@ def test_metrics_equal_a_hand_count() -> None:
     assert metrics(np.array([[1.0], [3]], np.float32), [1.0, 1.0], "regression") == {"mse": 2.0}
 
 
+def test_tokens_are_those_of_the_rows_in_their_order() -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 50, 37)]
+    count = TokenCount(lengths, rows_per_step=8, seed=3)
+    sampler = LengthSampler(lengths, batch_size=8, seed=3)
+    seen, step = 0, 0
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        for begin in range(0, 37, 8):
+            assert count.after(step) == seen
+            seen += sum(lengths[row] for row in order[begin : begin + 8])
+            step += 1
+    assert count.after(step) == seen == 3 * sum(lengths)
+
+
+@pytest.mark.parametrize(("has_adapter", "passes"), [(False, 3), (True, 2)])
+def test_operations_of_training_are_those_of_every_position(has_adapter: bool, passes: int) -> None:
+    lengths = [3, 9, 9, 31]
+    per_token = training_flops_per_token(ARCHITECTURE, lengths, head_share=0.25, has_adapter=has_adapter)
+    exact = 0.0
+    for length in lengths:
+        for position in range(1, length + 1):
+            body = ARCHITECTURE.flops_per_token(position, with_head=False)
+            exact += body + 0.25 * (ARCHITECTURE.flops_per_token(position) - body)
+    assert per_token * sum(lengths) == pytest.approx(passes * exact, rel=1e-3)
+
+
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     lengths = [int(n) for n in np.random.default_rng(0).integers(1, 50, 200)]
 
@@ -271,14 +308,53 @@ def test_a_classifier_learns_and_loads_in_the_engine(uninterrupted: Outcome) -> 
         outputs = llm.classify([f"so the {animal}" for animal in ANIMALS])
         assert llm.classify("so the owl")[0].num_tokens == len("so the owl") + 2
     assert [output.label for output in outputs] == list(ANIMALS)
-    names = {path.name for path in folder.iterdir()}
-    assert {"README.md", "report.json", "confusion.csv", "finetune.json", "tokenizer.json"} <= names
-    assert "checkpoints" not in names
-    card = (folder / "README.md").read_text()
-    assert "54 rows to train on" in card
-    assert "| accuracy | 1.0000 |" in card
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "fox", "1": "hen", "2": "owl"}
+
+
+def test_the_folder_of_a_classifier_tells_where_it_comes_from(uninterrupted: Outcome, base: Path) -> None:
+    folder = uninterrupted.folder
+    names = {path.name for path in folder.iterdir()}
+    assert {"README.md", "report.json", "confusion.csv", "finetune.json", "tokenizer.json"} <= names
+    assert names.isdisjoint({"checkpoints", ".staged"})
+    card = (folder / "README.md").read_text()
+    data = folder.parent / "animals.csv"
+    for said in (f"`{data}`.", f"fine-tuned from `{base}`", "54 rows to train on, 6 to validate with"):
+        assert said in card
+    assert "| accuracy | 1.0000 |" in card
+    options = json.loads((folder / "finetune.json").read_text())
+    assert options["settings"]["epochs"] == QUICK.epochs
+    assert options["data"][0]["files"] == [str(data)]
+
+
+def test_the_curve_of_a_fine_tuning_run_is_a_table_and_a_picture(uninterrupted: Outcome) -> None:
+    pytest.importorskip("matplotlib")
+    folder = uninterrupted.folder
+    assert "![Loss and validation metric](curve.png)" in (folder / "README.md").read_text()
+    picture = (folder / "curve.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 5000
+    with (folder / "curve.csv").open(newline="") as file:
+        entries = list(csv.DictReader(file))
+    judged = [entry for entry in entries if entry["eval_accuracy"]]
+    lost = [entry for entry in entries if entry["loss"]]
+    assert [int(entry["step"]) for entry in judged] == [7, 14, 21]
+    assert [int(entry["step"]) for entry in lost] == [7, 14, 21]
+    logged = [entry["loss"] for entry in uninterrupted.report["history"] if "loss" in entry]
+    assert [float(entry["loss"]) for entry in lost] == logged
+    # [CLS] and [SEP] around a byte a token.
+    kept = split_of_animals()
+    tokens = sum(len(row["text"]) + 2 for row in kept)
+    assert [int(entry["tokens"]) for entry in lost] == [tokens, 2 * tokens, 3 * tokens]
+    assert all(float(entry["tokens_per_second"]) > 0 for entry in lost)
+
+
+def split_of_animals() -> list[dict[str, Any]]:
+    """The rows that `QUICK` trains on."""
+    rows = animal_rows()
+    targets = [ANIMALS.index(row["label"]) for row in rows]
+    train, _ = split(targets, share=0.1, seed=QUICK.seed, is_stratified=True)
+    return [rows[i] for i in train]
 
 
 def test_the_report_is_what_the_saved_model_gives(base: Path, animals: str, tmp_path: Path) -> None:
@@ -367,12 +443,13 @@ def test_training_stops_when_the_metric_no_longer_improves(base: Path, animals: 
     assert outcome.report["metrics"]["accuracy"] == max(judged)
 
 
-def test_the_best_epoch_is_kept_not_the_last(base: Path, animals: str, tmp_path: Path) -> None:
-    # The rate is so high that the loss on unseen rows goes up and down.
-    settings = FinetuneSettings(epochs=5, batch_size=4, learning_rate=3e-2, max_length=32, metric="loss")
-    outcome = finetune_classifier(base, LabelledFiles(files=(animals,)), tmp_path / "out", settings=settings)
-    losses = [entry["eval_loss"] for entry in outcome.report["history"] if "eval_loss" in entry]
-    assert outcome.report["metrics"]["loss"] == pytest.approx(min(losses), rel=1e-5)
+def test_the_best_epoch_is_kept_not_the_last(saturated: Outcome) -> None:
+    judged = [entry for entry in saturated.report["history"] if "eval_loss" in entry]
+    accuracies = [entry["eval_accuracy"] for entry in judged]
+    best, last = judged[accuracies.index(max(accuracies))], judged[-1]
+    # Later epochs are as accurate, and surer.
+    assert best["eval_loss"] > 1.01 * last["eval_loss"]
+    assert saturated.report["metrics"]["loss"] == pytest.approx(best["eval_loss"], rel=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bits(
@@ -428,9 +505,29 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
     with pytest.raises(Kill.Killed):
         finetune_classifier(base, data, tmp_path / "out", settings=QUICK, callbacks=[Kill(15)])
     newest = max((tmp_path / "out" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    (newest / "trainer_state.json").unlink()
+    (newest / "whole.json").unlink()
+    (newest / "model.safetensors").write_bytes(b"")  # as if it had never reached the disk
     finetune_classifier(base, data, tmp_path / "out", settings=QUICK)
     assert_same_weights(uninterrupted.folder, tmp_path / "out")
+
+
+class KillAtTheEnd(TrainerCallback):
+    """Ends the process, as far as a test can, when all steps have been taken."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise Kill.Killed
+
+
+def test_a_run_whose_folder_was_moved_keeps_its_best_epoch(
+    base: Path, animals: str, saturated: Outcome, tmp_path: Path
+) -> None:
+    data = LabelledFiles(files=(animals,))
+    with pytest.raises(Kill.Killed):
+        finetune_classifier(base, data, tmp_path / "here", settings=SATURATED, callbacks=[KillAtTheEnd()])
+    (tmp_path / "here").rename(tmp_path / "there")
+    again = finetune_classifier(base, data, tmp_path / "there", settings=SATURATED)
+    assert again.report["metrics"] == saturated.report["metrics"]
+    assert_same_weights(saturated.folder, tmp_path / "there")
 
 
 def test_a_finished_run_is_not_repeated_and_another_is_refused(
@@ -575,6 +672,30 @@ def test_only_completions_are_learned(base: Path, tmp_path: Path) -> None:
     assert first.labels == (*[IGNORED] * 5, *b" yes", SEP)
     assert second.ids == (CLS, *b"cdefg", *b" no", SEP)  # cut behind [CLS]
     assert read.num_cut == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "ids", "is_cut"),
+    [
+        ("", "abcdefgh", b"abcdefgh", False),  # with [CLS] and [SEP] ten tokens
+        ("", "abcdefghi", b"abcdefghi", True),
+        ("xy", "abcdefghi", b"abcdefghi", True),
+        ("xy", "abcdefghij", b"abcdefghi", True),
+        ("xy", "abcdef", b"xyabcdef", False),
+        ("xyz", "abcdef", b"yzabcdef", True),
+    ],
+)
+def test_every_pair_that_loses_a_token_is_counted(
+    base: Path, tmp_path: Path, prompt: str, completion: str, ids: bytes, is_cut: bool
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"p": prompt, "c": completion}) + "\n")
+    source = TextFiles(files=(str(path),), text="p", completion="c")
+    read = read_texts(source, tokenizer_of(base), max_length=10)
+    (example,) = read.examples
+    assert (*example.ids, SEP)[: len(ids) + 2] == (CLS, *ids, SEP)
+    assert len(example.ids) <= 10
+    assert read.num_cut == is_cut
 
 
 @pytest.mark.parametrize(

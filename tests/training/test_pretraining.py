@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import assert_same_weights, phase, tiny_recipe, weights, write_texts
+from watched_runs import PHASES, StruckError, run, strike_at
 
 from modernbert_decoder.checkpoint import Checkpoint
 from modernbert_decoder.errors import InputError
@@ -18,30 +20,20 @@ from modernbert_decoder.pytorch import ModernBertDecoderForCausalLM
 from modernbert_decoder.training import pretraining
 from modernbert_decoder.training.checkpoints import all_checkpoints, step_of
 from modernbert_decoder.training.errors import RecipeError, TrainingError
-from modernbert_decoder.training.pretraining import RunResult, pretrain
+from modernbert_decoder.training.pretraining import pretrain
 from modernbert_decoder.training.recipe import Recipe
+from modernbert_decoder.training.recipe_files import read_recipe
 from modernbert_decoder.training.trainer import PretrainingTrainer
 
 # Sums of the same numbers in another order, over a few steps of training.
 TOLERANCE = 1e-5
 
 DROPOUT = {"model": {"attention_output_dropout": 0.1}}
-PHASES = [
-    phase("pretrain", warmup_tokens=256, batch_warmup_start=2, batch_warmup_tokens=500),
-    phase("extend", tokens=640, sequence_length=64, batch_sequences=2, rope_base=160_000.0)
-    | {"decay_tokens": 640, "final_rate": 0.5},
-    phase("decay", tokens=640, sequence_length=64, batch_sequences=2, rope_base=160_000.0)
-    | {"decay_tokens": 640, "final_rate": 0.02},
-]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-def run(recipe: Recipe, out: Path, **options: Any) -> RunResult:
-    return pretrain(recipe, out, write=lambda line: None, **options)
 
 
 def losses(folder: Path) -> list[float]:
@@ -63,6 +55,7 @@ def test_a_run_leaves_a_model_that_the_engine_and_transformers_read(files: list[
     result = run(recipe, tmp_path / "run")
     folder = tmp_path / "run" / "model"
     assert result.folder == folder
+    assert read_recipe(folder / "recipe.yaml") == recipe
     assert {path.name for path in folder.iterdir()} >= {
         *("config.json", "model.safetensors", "generation_config.json", "tokenizer.json"),
         *("tokenizer_config.json", "recipe.yaml", "README.md", "curve.csv", "evaluation.json"),
@@ -82,6 +75,32 @@ def test_a_run_leaves_a_model_that_the_engine_and_transformers_read(files: list[
     assert f"{result.evaluations[1].bits_per_byte:.4f}" in card
     assert "| extend |" in card
     assert (tmp_path / "run" / "phases" / "1-pretrain" / "config.json").is_file()
+    check_scores(folder, files[0], bits_per_byte=stored[1]["bits_per_byte"])
+
+
+def check_scores(folder: Path, held_out: str, *, bits_per_byte: float) -> None:
+    """transformers' own class, the engine and the card agree on the model."""
+    from transformers.models.modernbert_decoder.modeling_modernbert_decoder import (
+        ModernBertDecoderForCausalLM as Upstream,
+    )
+
+    from modernbert_decoder.engine.llm import LLM
+    from modernbert_decoder.evaluation.perplexity import Measure, file_perplexities
+
+    upstream, info = Upstream.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    with LLM(str(folder), dtype="float32", threads=1, max_context=16) as llm:
+        (score,) = llm.score(["the fox went over the old hills"])
+        measure = Measure(stride=15, concatenate=True)
+        (whole,) = file_perplexities(llm, [held_out], measure=measure)
+    ids = torch.tensor([score.token_ids])
+    with torch.no_grad():
+        logprobs = upstream.eval()(ids).logits[0, :-1].log_softmax(-1)
+    theirs = logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+    assert list(score.logprobs) == pytest.approx(theirs, abs=1e-4)
+    assert whole.bits_per_byte == pytest.approx(bits_per_byte, rel=1e-4)
 
 
 def test_phases_hand_over_weights_and_optimizer_state_and_keep_the_window(
@@ -115,21 +134,6 @@ def test_a_run_stopped_behind_each_phase_equals_one_in_a_piece(files: list[str],
         assert result.folder.name.endswith(name)
     run(recipe, tmp_path / "parts")
     assert_same_weights(tmp_path / "whole" / "model", tmp_path / "parts" / "model")
-
-
-class StruckError(Exception):
-    """The end of a run that a test interrupts."""
-
-
-def strike_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    original = PretrainingTrainer.training_step
-
-    def strike(self: PretrainingTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
-        if self.state.global_step == step:
-            raise StruckError
-        return original(self, *arguments, **options)
-
-    patch.setattr(PretrainingTrainer, "training_step", strike)
 
 
 @pytest.fixture(scope="module")
@@ -352,24 +356,6 @@ def test_what_has_no_effect_yet_may_change(files: list[str], tmp_path: Path) -> 
     assert len(all_checkpoints(tmp_path / "run")) == 1
 
 
-def test_a_phase_that_has_begun_may_be_shortened_to_where_it_stands_or_lengthened(
-    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decay = phase("decay", tokens=256, decay_tokens=256, final_rate=0.1)
-    with monkeypatch.context() as patch:
-        strike_at(patch, 7)
-        with pytest.raises(StruckError):
-            run(tiny_recipe(files, phases=[phase("stable"), decay]), tmp_path / "run")
-    early = tiny_recipe(files, phases=[phase("stable", tokens=512), decay])
-    with pytest.raises(TrainingError, match=r"phases\.0\.tokens differ"):
-        run(early, tmp_path / "run")  # four steps, and five have been taken
-    other = tiny_recipe(files, phases=[phase("stable", tokens=1024, warmup_tokens=64), decay])
-    with pytest.raises(TrainingError, match="differ"):
-        run(other, tmp_path / "run")
-    shorter = tiny_recipe(files, phases=[phase("stable", tokens=1024), decay])
-    assert run(shorter, tmp_path / "run").tokens == 1024 + 256
-
-
 def test_a_folder_that_is_not_of_a_run_is_left_alone(files: list[str], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match=r"is not empty and holds no recipe\.yaml"):
@@ -441,6 +427,26 @@ def test_progress_says_loss_speed_end_and_utilisation(files: list[str], tmp_path
     line = next(line for line in lines if "step 12/16" in line)
     for part in ("pretrain", "M tokens", "loss", "tok/s", "MFU", "ends in 0:00"):
         assert part in line
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_a_bar_says_loss_speed_end_and_utilisation_on_narrow_terminals_too(
+    files: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    columns: int,
+) -> None:
+    monkeypatch.setattr("os.get_terminal_size", lambda *_: os.terminal_size((columns, 24)))
+    lines: list[str] = []
+    pretrain(tiny_recipe(files), tmp_path / "run", write=lines.append, shows_bar=True)
+    assert not [line for line in lines if "step" in line]
+    *_, last = capfd.readouterr().err.strip().split("\r")
+    assert len(last) < columns
+    assert last.startswith("pretrain: 100%|")
+    for part in ("2.05k [00:", "<00:00, ", "loss=", "tok/s=", "MFU="):
+        assert part in last
+    assert ("rate=1.00e-02]" in last) == (columns == 200)
 
 
 def test_as_many_processes_as_do_not_divide_a_batch_are_refused(files: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from published_recipes import PUBLISHED, B
 from tiny_runs import phase, recipe_table
 
 from modernbert_decoder.costs import RELEASED_SIZES
@@ -14,17 +15,7 @@ from modernbert_decoder.training.recipe import Recipe
 from modernbert_decoder.training.recipe_files import read_recipe, ready_names, recipe_text
 from modernbert_decoder.training.strict_reading import read_section
 
-B = 1_000_000_000
 OTHERS = ("cross", "smoke", "storyteller")
-# Peak rate, weight decay, warm-up and batch warm-up in billions of tokens, as published.
-PUBLISHED = {
-    "17m": (3e-3, 3e-4, 4, 125),
-    "32m": (3e-3, 3e-4, 4, 100),
-    "68m": (3e-3, 3e-4, 3, 75),
-    "150m": (8e-4, 1e-5, 3, 50),
-    "400m": (5e-4, 1e-5, 2, 10),
-    "1b": (5e-4, 5e-5, 2, 3),
-}
 
 
 def test_there_is_a_ready_recipe_for_every_released_size() -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from functools import cache
 
 import pytest
+from published_recipes import PUBLISHED, B
 from tiny_runs import phase, tiny_recipe
 
 from modernbert_decoder.training.plan import Plan
 from modernbert_decoder.training.recipe import rate_schedule
 from modernbert_decoder.training.recipe_files import read_recipe
-from modernbert_decoder.training.schedules import batch_sequences, one_minus_sqrt, trapezoid
-
-B = 1_000_000_000
-SIZES = ("17m", "32m", "68m", "150m", "400m", "1b")
+from modernbert_decoder.training.schedules import batch_sequences, one_minus_sqrt
 
 
 def published(n: float, *, total: float, decay: float, floor: float) -> float:
@@ -32,13 +32,16 @@ def test_decay_from_another_level_is_the_formula_times_that_level() -> None:
     assert ours == pytest.approx(0.5 * published(30, total=50, decay=50, floor=0.04), rel=1e-12)
 
 
-def test_rates_at_every_boundary_of_the_released_17m() -> None:
-    recipe = read_recipe("ettin-17m")
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_rates_at_every_boundary_of_a_released_size(size: str) -> None:
+    recipe = read_recipe(f"ettin-{size}")
+    warmup = PUBLISHED[size][2] * B
     pretrain, extend, decay = (rate_schedule(recipe, i) for i in range(3))
     assert pretrain.at(0) == 0.0
-    assert pretrain.at(2 * B) == 0.5
-    assert pretrain.at(4 * B - 1) == pytest.approx(1.0, abs=1e-9)
-    assert pretrain.at(4 * B) == pretrain.at(1000 * B) == pretrain.at(1700 * B) == 1.0
+    assert pretrain.at(1) == 1 / warmup
+    assert pretrain.at(warmup // 2) == 0.5
+    assert 1 - 1e-9 < pretrain.at(warmup - 1) < 1.0
+    assert pretrain.at(warmup) == pretrain.at(1000 * B) == pretrain.at(1700 * B) == 1.0
     assert extend.at(0) == 1.0
     assert extend.at(125 * B) == pytest.approx(published(125, total=250, decay=250, floor=0.5))
     assert extend.at(250 * B) == pytest.approx(0.5)
@@ -47,8 +50,9 @@ def test_rates_at_every_boundary_of_the_released_17m() -> None:
     assert decay.at(50 * B) == decay.at(60 * B) == pytest.approx(0.02)
 
 
-def test_rate_never_jumps_between_phases() -> None:
-    recipe = read_recipe("ettin-1b")
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_rate_never_jumps_between_phases(size: str) -> None:
+    recipe = read_recipe(f"ettin-{size}")
     for i in (1, 2):
         before = rate_schedule(recipe, i - 1)
         assert rate_schedule(recipe, i).at(0) == before.at(before.tokens)
@@ -66,16 +70,33 @@ def test_batch_grows_to_its_size_over_its_warm_up_and_stays() -> None:
     assert sizes[60] == (768 + (4608 - 768) * 60 // 125) // 256 * 256
 
 
-def test_trapezoid_of_a_phase_of_50_billion_tokens() -> None:
-    def rate(n: float) -> float:
-        return trapezoid(n, total=50, warmup=3, decay=10)
+@cache
+def plan_of(size: str) -> Plan:
+    """A plan counts half a million steps, once."""
+    return Plan(read_recipe(f"ettin-{size}"))
 
-    assert [rate(0), rate(1.5), rate(3), rate(40), rate(50)] == [0, 0.5, 1, 1, 0]
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_batch_of_a_released_size_grows_to_4608_over_its_warm_up_in_the_plan(size: str) -> None:
+    plan, warmup = plan_of(size), PUBLISHED[size][3] * B
+    steps = range(plan.first_step_of(1))
+    full = bisect_left(steps, warmup, key=lambda i: plan.step(i).tokens_before)
+    assert plan.step(0).num_sequences == 768
+    assert plan.step(full - 1).tokens_before < warmup <= plan.step(full).tokens_before
+    # In steps of 256, and of the warm-up tokens one 15th each: 768, 1024, ..., 4352.
+    counts = [plan.step(i).num_sequences for i in range(full)]
+    assert sorted(set(counts)) == list(range(768, 4608, 256))
+    assert counts == sorted(counts)
+    for i in (full // 3, full // 2, full - 1):
+        grown = 768 + (4608 - 768) * plan.step(i).tokens_before / warmup
+        assert 0 <= grown - counts[i] < 256
+    later = (full, full + 1, plan.first_step_of(1) - 2, plan.first_step_of(1), plan.first_step_of(2))
+    assert {plan.step(i).num_sequences for i in later} == {4608}
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", PUBLISHED)
 def test_plan_of_a_released_size_has_its_tokens_and_ends_at_a_fiftieth(size: str) -> None:
-    plan = Plan(read_recipe(f"ettin-{size}"))
+    plan = plan_of(size)
     assert plan.total_tokens == pytest.approx(2000 * B, rel=1e-4)
     assert plan.tokens_after(plan.first_step_of(1)) == pytest.approx(1700 * B, rel=1e-5)
     assert plan.rate(plan.num_steps) == pytest.approx(0.02)

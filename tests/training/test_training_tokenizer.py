@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_runs import tiny_recipe, write_texts
 from modernbert_decoder.architecture import released_architecture
 from modernbert_decoder.errors import InputError, ModelNotFoundError
 from modernbert_decoder.tokenizer import Tokenizer
+from modernbert_decoder.training import tokenizer_training
 from modernbert_decoder.training.documents import open_source
 from modernbert_decoder.training.errors import RecipeError
 from modernbert_decoder.training.recipe import DataRecipe, TokenizerTraining
@@ -82,6 +84,29 @@ def test_training_is_decided_by_the_data_and_the_seed(trained: Path, tmp_path: P
     files = write_texts(tmp_path / "texts")
     again = train_tokenizer(open_source(tiny_recipe(files).data), TokenizerTraining(vocab_size=300), seed=0)
     assert again.tokenizer.to_str() == read_tokenizer(str(trained)).tokenizer.to_str()
+
+
+def texts_read(files: list[str], *, max_bytes: int) -> list[str]:
+    """The documents that a tokenizer is trained on."""
+    return list(tokenizer_training._texts(open_source(tiny_recipe(files).data), max_bytes, seed=0))
+
+
+@pytest.mark.parametrize("num_lines", [1, 255, 256, 257, 512])
+def test_it_is_trained_on_every_document_once(num_lines: int, tmp_path: Path) -> None:
+    lines = [f"line {i}" for i in range(num_lines)]
+    (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert texts_read([str(tmp_path / "a.txt")], max_bytes=10**6) == lines
+
+
+def test_it_is_trained_on_as_many_bytes_as_asked_for_and_not_on_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(["é" * 10] * 9), encoding="utf-8")  # 20 bytes each
+    assert len(texts_read([str(tmp_path / "a.txt")], max_bytes=60)) == 3
+
+
+def test_half_a_surrogate_pair_in_the_data_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a fox \ud800"}), encoding="utf-8")
+    read = texts_read([str(tmp_path / "a.jsonl")], max_bytes=100)
+    assert read == ["a fox \ufffd"]
 
 
 def test_too_little_text_says_how_large_a_vocabulary_it_gives(tmp_path: Path) -> None:

@@ -5,41 +5,15 @@ Needs the extra `train`; without it every command says so.
 
 from __future__ import annotations
 
-import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
 
 import click
 
 from modernbert_decoder.cli import train_cross, train_finetune
 from modernbert_decoder.cli.interrupts import interrupts_deferred
 from modernbert_decoder.cli.output import write, write_json
-
-# Import names of the extra `train` that every command needs.
-_NEEDED: Final = ("torch", "transformers", "accelerate", "optimi", "yaml")
-
-
-def require_extra() -> None:
-    """Refuse to train without the packages for it.
-
-    Raises:
-        InputError: some are missing.
-    """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        from modernbert_decoder.errors import InputError
-
-        raise InputError(
-            f"training needs packages that are not installed ({', '.join(missing)}): "
-            'pip install "modernbert-decoder[train]"'
-        )
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that speaks, of those that a launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
+from modernbert_decoder.cli.train_processes import is_first_process, require_extra
 
 
 @click.group("train", short_help="Train a model: pretrain, finetune, cross.")

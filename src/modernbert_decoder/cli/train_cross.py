@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Final
@@ -11,6 +10,7 @@ import click
 
 from modernbert_decoder.cli.completion_options import revision_option
 from modernbert_decoder.cli.output import write, write_json
+from modernbert_decoder.cli.train_processes import is_first_process, require_extra
 from modernbert_decoder.errors import InputError
 
 # \b keeps click from joining the lines.
@@ -62,6 +62,7 @@ def command(
         raise InputError("--quiet and --json contradict each other; choose one")
     if mask_share is not None and to == "decoder":
         raise InputError("--mask-share goes with --to encoder; leave it out")
+    require_extra()
     from modernbert_decoder.training.cross import MASK_SHARE, cross
 
     files = [f"data.files={list(data)!r}"] if data else []
@@ -73,13 +74,17 @@ def command(
         changes=[*files, *changes],
         mask_share=mask_share or MASK_SHARE,
         revision=revision,
-        write=(lambda line: None) if quiet else (lambda line: click.echo(line, err=True)),
+        write=(lambda line: click.echo(line, err=True)) if not quiet and is_first_process() else _say_nothing,
         shows_bar=not quiet and sys.stderr is not None and sys.stderr.isatty(),
     )
-    report = {"model": str(result.folder), "to": to, "steps": result.steps, "tokens": result.tokens}
-    if os.environ.get("RANK", "0") != "0":  # of several processes, the first one speaks
+    if not is_first_process():
         return
+    report = {"model": str(result.folder), "to": to, "steps": result.steps, "tokens": result.tokens}
     if as_json:
         write_json(report)
     elif not quiet:
         write(f"{result.folder}\n")
+
+
+def _say_nothing(line: str) -> None:
+    pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 from modernbert_decoder.cli.completion_options import revision_option
 from modernbert_decoder.cli.output import write, write_json
+from modernbert_decoder.cli.train_processes import is_first_process, require_extra
 from modernbert_decoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def command(context: click.Context, /, model: str, data: tuple[str, ...], **opti
     has a model card and a report. A run that was interrupted goes on when the same command is given again.
     """
     _check(context, options)
+    require_extra()
     from modernbert_decoder.training.finetune_progress import FinetuneProgress, silence_libraries
 
     silence_libraries()
@@ -116,7 +117,7 @@ def command(context: click.Context, /, model: str, data: tuple[str, ...], **opti
     )
     train = _train_classifier if options["task"] == _CLASSIFICATION else _train_text
     outcome = train(model, data, options, progress)
-    if os.environ.get("RANK", "0") != "0":  # of several processes, the first one speaks
+    if not is_first_process():
         return
     if options["as_json"]:
         write_json({"folder": str(outcome.folder), "is_new": outcome.is_new, **outcome.report})

@@ -39,12 +39,14 @@ class StepBatch:
         micro_batches: its share, in rounds.
         num_targets: tokens that are predicted in the whole batch, over all processes.
         num_tokens: tokens of the whole batch, padding not counted.
+        mean_length: of the sequence that a token of it is in; that of all sequences where they are full.
         cursor: where the data stands afterwards.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     num_targets: int
     num_tokens: int
+    mean_length: int
     cursor: Cursor
 
 
@@ -148,10 +150,12 @@ class StepBatches(IterableDataset[StepBatch]):
                 sequences = self.prepared(stream.take(step.num_sequences), index)
                 cursor = stream.cursor()
                 is_packed = self._recipe.data_of(step.phase).form == "packed"
+                lengths = [len(sequence.ids) for sequence in sequences]
                 yield StepBatch(
                     self._share.micro_batches(sequences, length=step.sequence_length, is_packed=is_packed),
                     num_targets=sum(sequence.num_targets for sequence in sequences),
-                    num_tokens=sum(len(sequence.ids) for sequence in sequences),
+                    num_tokens=sum(lengths),
+                    mean_length=sum(length * length for length in lengths) // sum(lengths),
                     cursor=cursor,
                 )
         finally:

@@ -168,7 +168,10 @@ def remove_leftovers(out: Path) -> None:
     for folder in (out, out / "checkpoints", out / "phases"):
         for path in folder.glob(".*") if folder.is_dir() else ():
             if path.name.endswith(".partial") or path.name.startswith(_REMOVED):
-                shutil.rmtree(path, ignore_errors=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
 
 
 def remove_old(out: Path, *, keep: int) -> None:

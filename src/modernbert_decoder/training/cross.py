@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, Final, Literal
 
 from accelerate import PartialState
@@ -40,6 +42,8 @@ RECIPE: Final = "cross"
 MASK_SHARE: Final = 0.15
 _START: Final = ".start"
 _IDENTITY: Final = "cross.json"
+# Of the log, those whose mean a card states: single ones go up and down.
+_LAST_LOSSES: Final = 10
 
 Objective = Literal["decoder", "encoder"]
 
@@ -104,6 +108,7 @@ def _prepare(source: Path, out: Path, *, to: Objective, mask_share: float) -> No
     status = (source / "config.json").stat()
     identity = {"source": str(source.resolve()), "to": to, "mask_share": mask_share, "size": status.st_size}
     path, start = out / _IDENTITY, out / _START
+    _remove_half_written(out)
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         if known != identity:
@@ -116,6 +121,16 @@ def _prepare(source: Path, out: Path, *, to: Objective, mask_share: float) -> No
         convert_checkpoint(source, start, to=wanted)
     with new_file(path) as file:
         file.write((json.dumps(identity, indent=2) + "\n").encode())
+
+
+def _remove_half_written(out: Path) -> None:
+    """Removes what a process that was killed while it prepared the folder had begun to write."""
+    for name in (_START, _IDENTITY):
+        for path in out.glob(f".{name}.*.partial"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _architecture(folder: Path, to: Objective) -> DecoderArchitecture:
@@ -192,16 +207,19 @@ class MaskedTrainer(PretrainingTrainer):
         self._phase = phase  # the bases stay
 
     def _training_flops(self) -> float:
-        """Per token: every position sees the whole sequence, and the head is computed where one is hidden."""
+        """Per token of the last step: every position sees the whole sequence, and the head is computed where
+        one is hidden.
+        """
         config = self.decoder.config.to_dict()
         decoder = encoder_as_decoder_config(
             {**config, "architectures": ["ModernBertForMaskedLM"]}, source="the model"
         )
         architecture = DecoderArchitecture.from_config(decoder, source="the model")
-        length = self.plan.phases[max(self._phase, 0)].sequence_length
-        body = architecture.flops_per_token(length, with_head=False)
-        head = architecture.flops_per_token(length) - body
-        return 3.0 * (body + MASK_SHARE * head)
+        batches = self.train_dataset
+        assert isinstance(batches, MaskedStepBatches)
+        body = architecture.flops_per_token(self._mean_length, with_head=False)
+        head = architecture.flops_per_token(self._mean_length) - body
+        return 3.0 * (body + batches.masking.share * head)
 
 
 class EncoderRun(PretrainingRun):
@@ -266,15 +284,40 @@ class EncoderRun(PretrainingRun):
             model.save_pretrained(target)
             self._write_extras(target)
             (target / "curve.csv").write_text(curve_table(history), encoding="utf-8")
-            draw_curve(history, target / "curve.png", title=self.recipe.name)
-            card = encoder_card(self.recipe, self.architecture, tokens=tokens, mask_share=self.mask_share)
+            label = "training loss (nats per hidden token)"
+            has_curve = draw_curve(history, target / "curve.png", title=self.recipe.name, loss_label=label)
+            card = encoder_card(
+                self.recipe,
+                self.architecture,
+                tokens=tokens,
+                mask_share=self.mask_share,
+                losses=[entry["loss"] for entry in history if "loss" in entry],
+                has_curve=has_curve,
+            )
             (target / "README.md").write_text(card, encoding="utf-8")
 
         write_folder(folder, write, overwrite=True)
 
 
-def encoder_card(recipe: Recipe, architecture: DecoderArchitecture, *, tokens: int, mask_share: float) -> str:
-    """The card of an encoder in Markdown."""
+def encoder_card(
+    recipe: Recipe,
+    architecture: DecoderArchitecture,
+    *,
+    tokens: int,
+    mask_share: float,
+    losses: Sequence[float],
+    has_curve: bool,
+) -> str:
+    """The card of an encoder in Markdown; `losses` are those of the log, the last ones last."""
+    last = losses[-_LAST_LOSSES:]
+    evaluation = curve = ""
+    if last:
+        evaluation = (
+            f"\n\n## Evaluation\n\nLoss of hidden tokens in training, over the last {len(last)} entries of "
+            f"`curve.csv`: {fmean(last):.4f} nats per token. No text was held out."
+        )
+    if has_curve:
+        curve = "\n\n![Loss](curve.png)"
     a, phase = architecture, recipe.phases[-1]
     files = ", ".join(f"`{pattern}`" for pattern in recipe.data.files) or f"`{recipe.data.dataset}`"
     return (
@@ -290,5 +333,5 @@ def encoder_card(recipe: Recipe, architecture: DecoderArchitecture, *, tokens: i
         f"{phase.sequence_length:,} tokens.\n\n"
         f"## Training\n\nStableAdamW, peak learning rate {recipe.optimizer.learning_rate:g}, weight decay "
         f"{recipe.optimizer.weight_decay:g}; warm-up over {phase.warmup_tokens:,} tokens, 1-sqrt decay over "
-        f"the last {phase.decay_tokens:,}. The whole recipe is in `recipe.yaml`.\n"
+        f"the last {phase.decay_tokens:,}. The whole recipe is in `recipe.yaml`.{curve}{evaluation}\n"
     )

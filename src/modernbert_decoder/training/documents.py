@@ -188,6 +188,11 @@ class DocumentStream:
             return self._place
         return Place(self._place.epoch, self._place.shard, self._reader.position())
 
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that is being read."""
+        return self._place.epoch
+
     def read_block(self, num_documents: int) -> list[Document]:
         """The next documents, no more than so many, at least one, all of one epoch.
 

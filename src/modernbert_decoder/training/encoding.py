@@ -34,7 +34,7 @@ class DocumentEncoder:
         Raises:
             InputError: ids that the tokenizer does not have.
         """
-        texts = [_encodable(document) for document in documents if isinstance(document, str)]
+        texts = [encodable(document) for document in documents if isinstance(document, str)]
         encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ())
         return [
             self._framed(next(encoded).ids if isinstance(document, str) else self._checked(document))
@@ -56,6 +56,6 @@ class DocumentEncoder:
         return ids
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Lone surrogates, which are not text, are read as U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

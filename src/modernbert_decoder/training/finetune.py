@@ -51,7 +51,12 @@ from modernbert_decoder.training.finetune_run import (
     checked_base,
     run,
 )
-from modernbert_decoder.training.finetune_tasks import ClassificationTask, Encoded, TextTask
+from modernbert_decoder.training.finetune_tasks import (
+    ClassificationTask,
+    Encoded,
+    TextTask,
+    training_flops_per_token,
+)
 from modernbert_decoder.training.finetune_trainer import Learning
 from modernbert_decoder.training.text_data import Example, TextFiles, read_texts
 
@@ -111,7 +116,15 @@ def finetune_classifier(
     metric = _metric(settings, metrics_of.METRICS[kind], has_validation=bool(judge))
     task = ClassificationTask(labels, weights, judge, architecture, settings)
     build = partial(_classifier, folder, architecture, labels, lora, reuse_head=reuse_head, settings=settings)
-    facts = {"model": str(model), "rows": len(train), "validation_rows": len(judge), "problem": kind}
+    lengths = [len(row.ids) for row in train]
+    facts = {
+        "model": str(model),
+        "data": list(data.files),
+        "validation_data": [] if validation is None else list(validation.files),
+        "rows": len(train),
+        "validation_rows": len(judge),
+        "problem": kind,
+    }
     plan = FinetunePlan(
         base=folder,
         identity={
@@ -132,10 +145,13 @@ def finetune_classifier(
         build=build,
         learning=Learning(
             rows=train,
-            lengths=[len(row.ids) for row in train],
+            lengths=lengths,
             collate=task.collate,
             objective=task.loss,
             evaluate=task.metrics if judge else None,
+            flops_per_token=training_flops_per_token(
+                architecture, lengths, head_share=0.0, has_adapter=lora is not None
+            ),
         ),
         report=lambda trainer: {**facts, **task.report(trainer)},
         card=partial(classifier_card, architecture=architecture, settings=settings, lora=lora),
@@ -178,10 +194,14 @@ def finetune_text(
         train, judge = [train[i] for i in kept], [train[i] for i in chosen]
     _metric(settings, ("loss",), has_validation=bool(judge))
     task = TextTask(judge, architecture, settings)
+    lengths = [len(example.ids) for example in train]
+    learned = sum(example.num_targets for example in train)
     facts = {
         "model": str(model),
+        "data": list(data.files),
+        "validation_data": [] if validation is None else list(validation.files),
         "examples": len(train),
-        "learned_tokens": sum(example.num_targets for example in train),
+        "learned_tokens": learned,
         "validation_examples": len(judge),
         "cut": read.num_cut,
     }
@@ -202,10 +222,13 @@ def finetune_text(
         build=partial(_language_model, folder, lora),
         learning=Learning(
             rows=train,
-            lengths=[len(example.ids) for example in train],
+            lengths=lengths,
             collate=task.collate,
             objective=task.loss,
             evaluate=task.metrics if judge else None,
+            flops_per_token=training_flops_per_token(
+                architecture, lengths, head_share=learned / sum(lengths), has_adapter=lora is not None
+            ),
         ),
         report=lambda trainer: {**facts, **task.report(trainer)},
         card=partial(text_card, architecture=architecture, settings=settings, lora=lora),

@@ -18,6 +18,7 @@ _NAMES: Final = {
     "regression": "a number for each text",
 }
 _MAX_LABELS_SHOWN: Final = 100
+_MAX_FILES_SHOWN: Final = 20
 
 
 def classifier_card(
@@ -26,6 +27,7 @@ def classifier_card(
     architecture: DecoderArchitecture,
     settings: FinetuneSettings,
     lora: LoraSettings | None,
+    has_curve: bool,
 ) -> str:
     """The card of a classifier in Markdown."""
     labels = report["labels"]
@@ -37,9 +39,10 @@ def classifier_card(
         f"{architecture.num_hidden_layers} layers of width {architecture.hidden_size}, fine-tuned from "
         f"`{report['model']}`.\n\nLabels: {listed}{more}.",
         _use('mbd classify --model . "a text"', lora, command="classify", model=report["model"]),
-        f"## Data\n\n{report['rows']:,} rows to train on, {report['validation_rows']:,} to validate with. "
-        f"Texts in the tokenizer's template, at most {settings.max_length:,} tokens.",
-        _training(settings, lora),
+        f"## Data\n\n{_files(report)}\n\n{report['rows']:,} rows to train on, "
+        f"{report['validation_rows']:,} to validate with. Texts in the tokenizer's template, at most "
+        f"{settings.max_length:,} tokens.",
+        _training(settings, lora, has_curve=has_curve),
         _metrics(report),
     ]
     if report.get("per_label") and len(labels) <= _MAX_LABELS_SHOWN:
@@ -65,6 +68,7 @@ def text_card(
     architecture: DecoderArchitecture,
     settings: FinetuneSettings,
     lora: LoraSettings | None,
+    has_curve: bool,
 ) -> str:
     """The card of a language model in Markdown."""
     cut = f" {report['cut']:,} of them were shortened." if report["cut"] else ""
@@ -73,10 +77,11 @@ def text_card(
         f"# Language model\n\nA ModernBERT decoder of {architecture.num_hidden_layers} layers of width "
         f"{architecture.hidden_size}, fine-tuned from `{report['model']}`.",
         _use('mbd generate --model . "a prompt"', lora, command="generate", model=report["model"]),
-        f"## Data\n\n{report['examples']:,} examples with {report['learned_tokens']:,} learned tokens, "
+        f"## Data\n\n{_files(report)}\n\n{report['examples']:,} examples with "
+        f"{report['learned_tokens']:,} learned tokens, "
         f"{report['validation_examples']:,} examples to validate with; at most {settings.max_length:,} "
         f"tokens each.{cut}",
-        _training(settings, lora),
+        _training(settings, lora, has_curve=has_curve),
         _metrics(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -97,18 +102,30 @@ def _use(command_line: str, lora: LoraSettings | None, *, command: str, model: s
     return f"## Use\n\n```bash\n{command_line}\n```{beside}"
 
 
-def _training(settings: FinetuneSettings, lora: LoraSettings | None) -> str:
+def _files(report: Mapping[str, Any]) -> str:
+    """What was learned from, and judged by, as it was named."""
+    train, judge = (_listed(report[key]) for key in ("data", "validation_data"))
+    return f"{train}; validation: {judge}." if judge else f"{train}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_FILES_SHOWN:,} more" if len(names) > _MAX_FILES_SHOWN else ""
+    return ", ".join(f"`{name}`" for name in names[:_MAX_FILES_SHOWN]) + more
+
+
+def _training(settings: FinetuneSettings, lora: LoraSettings | None, *, has_curve: bool) -> str:
     patience = "" if settings.patience is None else f", stopping after {settings.patience} without gain"
     adapter = ""
     if lora is not None:
         targets = ", ".join(f"`{target}`" for target in lora.targets)
         adapter = f" LoRA of rank {lora.rank} and alpha {lora.alpha:g} on {targets}."
+    curve = "\n\n![Loss and validation metric](curve.png)" if has_curve else ""
     return (
         f"## Training\n\nAdamW, betas 0.9 and 0.98, eps 1e-6, learning rate {settings.rate(lora):g} with a "
         f"warm-up over {settings.warmup:.0%} of the steps and a linear decay, weight decay "
         f"{settings.weight_decay:g}, at most {settings.epochs} epochs{patience}, "
         f"{settings.batch_size * settings.accumulation} rows a step, seed {settings.seed}.{adapter} All "
-        "options are in `finetune.json`."
+        f"options are in `finetune.json`.{curve}"
     )
 
 

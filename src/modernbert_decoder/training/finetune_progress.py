@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 
 class FinetuneProgress(TrainerCallback):
-    """Steps, loss and metrics.
+    """Steps, loss, speed and metrics.
 
     Args:
         write: takes one line, without its end.
@@ -55,9 +55,12 @@ class FinetuneProgress(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         self._notes |= shown(logs)
+        is_last_number = any(name.startswith("eval_") for name in logs) or (
+            args.eval_strategy == "no" and "loss" in logs
+        )
         if self._bar is not None:
             self._bar.set_postfix(self._notes)
-        elif any(name.startswith("eval_") for name in logs):
+        elif is_last_number:
             parts = [f"{name} {text}" for name, text in self._notes.items()]
             self._write("  ".join([f"epoch {state.epoch:.2f}  step {state.global_step:,}", *parts]))
 
@@ -81,9 +84,15 @@ def shown(logs: Mapping[str, float]) -> dict[str, str]:
 
     >>> shown({"loss": 0.51234, "learning_rate": 1e-4, "eval_macro_f1": 0.75, "epoch": 1.0})
     {'loss': '0.5123', 'macro_f1': '0.7500'}
+    >>> shown({"tokens_per_second": 12345.6, "mfu": 0.41, "eval_loss": 0.5})
+    {'tok/s': '12,346', 'MFU': '41 %', 'validation loss': '0.5000'}
     """
+    names = {"eval_loss": "validation loss", "tokens_per_second": "tok/s", "mfu": "MFU"}
+    forms = {"tokens_per_second": "{:,.0f}", "mfu": "{:.0%}"}
     return {
-        name.removeprefix("eval_") if name != "eval_loss" else "validation loss": f"{value:.4f}"
+        names.get(name, name.removeprefix("eval_")): forms.get(name, "{:.4f}")
+        .format(value)
+        .replace("%", " %")
         for name, value in logs.items()
-        if name == "loss" or name.startswith("eval_")
+        if name in ("loss", *forms) or name.startswith("eval_")
     }

@@ -1,7 +1,7 @@
 """A fine-tuning run in a folder: begun, continued after a kill, and left as a model that others load.
 
-Responsible for the library's arguments, for which checkpoint a run goes on from, and for the files of the
-result. What is learned is laid out in `finetune.py`; knows no labels.
+Responsible for the library's arguments, for whose the folder is, and for the files of the result. What is
+learned is laid out in `finetune.py`; knows no labels.
 """
 
 from __future__ import annotations
@@ -26,18 +26,27 @@ from transformers import (
     set_seed,
 )
 
-from modernbert_decoder.atomic_files import make_readable, new_file
+from modernbert_decoder.atomic_files import make_readable, new_file, sync_folder
 from modernbert_decoder.errors import CheckpointError, InputError
 from modernbert_decoder.training.adapters import ADAPTER_FOLDER, LoraSettings, save_adapter
+from modernbert_decoder.training.curve import curve_table, draw_curve
 from modernbert_decoder.training.disk_errors import disk_errors_explained
 from modernbert_decoder.training.errors import TrainingError
+from modernbert_decoder.training.finetune_checkpoints import (
+    CHECKPOINTS,
+    check_processes,
+    finished_epochs,
+    last_whole,
+    step_of,
+    whole_checkpoints,
+)
 from modernbert_decoder.training.finetune_trainer import FinetuneTrainer, Learning
-from modernbert_decoder.training.precision import uses_bfloat16
+from modernbert_decoder.training.precision import has_accelerator, uses_bfloat16
+from modernbert_decoder.training.reporting import check_reporting, tensorboard_callback
 
-_CHECKPOINTS: Final = "checkpoints"
 _OPTIONS: Final = "finetune.json"
 _STAGED: Final = ".staged"
-_STATE: Final = "trainer_state.json"
+_TENSORBOARD: Final = "tensorboard"
 _COMPANIONS: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -129,7 +138,7 @@ class FinetunePlan:
         build: makes the model in float32, with its adapter.
         learning: what to learn.
         report: judges the trained model: what goes into `report.json`.
-        card: the model card, from the report.
+        card: the model card, from the report; `has_curve` says whether curve.png stands beside it.
         extras: further files, from the report: name -> text.
     """
 
@@ -143,7 +152,7 @@ class FinetunePlan:
     build: Callable[[], Any]
     learning: Learning
     report: Callable[[FinetuneTrainer], Mapping[str, Any]]
-    card: Callable[[Mapping[str, Any]], str]
+    card: Callable[..., str]
     extras: Callable[[Mapping[str, Any]], Mapping[str, str]]
 
 
@@ -158,36 +167,39 @@ def run(plan: FinetunePlan, out: Path, *, callbacks: Sequence[TrainerCallback] =
         callbacks: the library's, for progress.
 
     Raises:
-        InputError: the folder holds something else.
+        InputError: the folder holds something else, or a destination of numbers is not installed.
         TrainingError: the loss is no number, the disk is full, or the run was begun by other processes.
     """
     out = Path(os.path.abspath(out.expanduser()))
-    arguments = _arguments(plan, out / _CHECKPOINTS)  # before all else: with it, processes find each other
+    check_reporting(plan.settings.report_to, where="--report-to", otherwise="leave it out")
+    arguments = _arguments(plan, out / CHECKPOINTS)  # before all else: with it, processes find each other
     identity = json.loads(json.dumps({**plan.identity, "settings": asdict(plan.settings)}))
     if (finished := _finished(out, identity)) is not None:
+        if PartialState().is_main_process:
+            _remove_leftovers(out)
         return Outcome(out, finished, is_new=False)
     with PartialState().main_process_first():
         _claim(out, identity)
-        checkpoint = _last_whole(out)
+        checkpoint = last_whole(out)
     set_seed(plan.settings.seed)
     model = plan.build()
     if plan.settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    own: list[TrainerCallback] = list(callbacks)
-    if plan.settings.patience is not None:
-        own.append(EarlyStoppingCallback(early_stopping_patience=plan.settings.patience))
+    own = [*callbacks, *_own_callbacks(plan, out, checkpoint)]
     trainer = FinetuneTrainer(model, arguments, learning=plan.learning, callbacks=own)
     trainer.remove_callback(PrinterCallback)
     if checkpoint is not None:
-        _check_processes(checkpoint, trainer)
-    with disk_errors_explained(trainer, out, checkpoints=_whole_checkpoints), warnings.catch_warnings():
+        check_processes(checkpoint, number=trainer.args.world_size, is_sharded=trainer.is_fsdp_enabled)
+        if (epochs := finished_epochs(checkpoint)) is not None:
+            arguments.num_train_epochs = epochs
+    with disk_errors_explained(trainer, out, checkpoints=whole_checkpoints), warnings.catch_warnings():
         # PyTorch's advice to those who change activations in place, which no layer does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         report = dict(plan.report(trainer))
         whole = _whole_model(plan, trainer)
         if trainer.is_world_process_zero():
-            _leave(plan, whole, out, report)
+            _leave(plan, whole, out, report, trainer.state.log_history)
     trainer.accelerator.wait_for_everyone()
     return Outcome(out, report, is_new=True)
 
@@ -227,19 +239,27 @@ def _arguments(plan: FinetunePlan, folder: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         eval_strategy="epoch" if is_judged else "no",
         save_strategy="epoch",
-        save_total_limit=2 if is_judged else 1,
         load_best_model_at_end=is_judged,
         metric_for_best_model=f"eval_{plan.metric}" if is_judged else None,
         greater_is_better=plan.is_greater_better if is_judged else None,
         restore_callback_states_from_checkpoint=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=list(settings.report_to),
+        report_to=[name for name in settings.report_to if name != _TENSORBOARD] or "none",
         disable_tqdm=True,
         seed=settings.seed,
         bf16=uses_bfloat16(settings.precision),
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not has_accelerator(),
     )
+
+
+def _own_callbacks(plan: FinetunePlan, out: Path, checkpoint: Path | None) -> list[TrainerCallback]:
+    own: list[TrainerCallback] = []
+    if plan.settings.patience is not None:
+        own.append(EarlyStoppingCallback(early_stopping_patience=plan.settings.patience))
+    if _TENSORBOARD in plan.settings.report_to and PartialState().is_main_process:
+        own.append(tensorboard_callback(out, first_step=0 if checkpoint is None else step_of(checkpoint)))
+    return own
 
 
 def _finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -265,6 +285,9 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> None:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give the name of a folder")
+    if out.is_dir():
+        for path in out.glob(f".{_OPTIONS}.*.partial"):  # a process was killed right here
+            path.unlink()
     if out.is_dir() and any(out.iterdir()):
         known = _identity_of(out)
         if known is None:
@@ -281,60 +304,6 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> None:
         file.write((json.dumps(identity, indent=2) + "\n").encode())
 
 
-def _whole_checkpoints(out: Path) -> list[Path]:
-    """The checkpoints that were written to their end, the newest last.
-
-    The library writes `trainer_state.json` last.
-    """
-    found = []
-    for path in _checkpoints(out):
-        try:
-            json.loads((path / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        found.append(path)
-    return found
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    found = (out / _CHECKPOINTS).glob("checkpoint-*")
-    named = [path for path in found if path.name.split("-")[1].isdigit()]
-    return sorted(named, key=lambda path: int(path.name.split("-")[1]))
-
-
-def _last_whole(out: Path) -> Path | None:
-    """The newest whole checkpoint, if there is one; what is newer is removed."""
-    whole = _whole_checkpoints(out)
-    newest = whole[-1] if whole else None
-    for path in reversed(_checkpoints(out)):
-        if path == newest:
-            break
-        shutil.rmtree(path)
-    return newest
-
-
-def _check_processes(checkpoint: Path, trainer: FinetuneTrainer) -> None:
-    """Refuses processes other than those that wrote a checkpoint: rows, random states and shards are theirs.
-
-    Raises:
-        TrainingError: says how many they were.
-    """
-    number = len(list(checkpoint.glob("rng_state*.pth")))
-    written = (number, not (checkpoint / "optimizer.pt").is_file())
-    here = (trainer.args.world_size, trainer.is_fsdp_enabled)
-    if written != here:
-        then, now = (_processes_text(*each) for each in (written, here))
-        raise TrainingError(
-            f"{checkpoint} was written by {then}, and this is {now}; start it with the same launcher "
-            "settings, or choose another folder"
-        )
-
-
-def _processes_text(number: int, is_sharded: bool) -> str:
-    several = "1 process" if number == 1 else f"{number} processes"
-    return f"{several}, sharded (FSDP)" if is_sharded else several
-
-
 def _whole_model(plan: FinetunePlan, trainer: FinetuneTrainer) -> Any:
     """The trained model. Of a sharded one, for which all processes come here, the first gets a copy."""
     if not trainer.is_fsdp_enabled:
@@ -349,7 +318,13 @@ def _whole_model(plan: FinetunePlan, trainer: FinetuneTrainer) -> Any:
     return model
 
 
-def _leave(plan: FinetunePlan, model: Any, out: Path, report: Mapping[str, Any]) -> None:
+def _leave(
+    plan: FinetunePlan,
+    model: Any,
+    out: Path,
+    report: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+) -> None:
     """Writes the model, the adapter and what is said about them; `config.json` comes last.
 
     Raises:
@@ -376,14 +351,34 @@ def _leave(plan: FinetunePlan, model: Any, out: Path, report: Mapping[str, Any])
             shutil.copyfile(plan.base / name, staged / name)
     texts = {
         "report.json": json.dumps(report, indent=2) + "\n",
-        "README.md": plan.card(report),
+        "README.md": plan.card(report, has_curve=_write_curve(plan, staged, history)),
         **plan.extras(report),
     }
     for name, text in texts.items():
         (staged / name).write_text(text, encoding="utf-8")
     make_readable(staged)
+    sync_folder(staged)
     shutil.rmtree(out / ADAPTER_FOLDER, ignore_errors=True)
     for path in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, out / path.name)
-    staged.rmdir()
-    shutil.rmtree(out / _CHECKPOINTS, ignore_errors=True)
+    sync_folder(out)
+    _remove_leftovers(out)
+
+
+def _write_curve(plan: FinetunePlan, folder: Path, history: Sequence[Mapping[str, float]]) -> bool:
+    """Writes the log as a table and, where matplotlib is installed, as a picture; whether it is."""
+    judged = sorted({name for entry in history for name in entry if name.startswith("eval_")})
+    (folder / "curve.csv").write_text(curve_table(history, judged=judged), encoding="utf-8")
+    return draw_curve(
+        history,
+        folder / "curve.png",
+        title="Fine-tuning",
+        loss_label="training loss",
+        judged=(f"eval_{plan.metric}", f"validation {plan.metric}"),
+    )
+
+
+def _remove_leftovers(out: Path) -> None:
+    """What a finished run needs no more."""
+    shutil.rmtree(out / _STAGED, ignore_errors=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

@@ -8,6 +8,7 @@ Shapes: N rows of a data set, L labels.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -171,6 +172,28 @@ class TextTask:
         if self._judge:
             found["metrics"] = trainer.judged(self.metrics)
         return found
+
+
+def training_flops_per_token(
+    architecture: DecoderArchitecture, lengths: Sequence[int], *, head_share: float, has_adapter: bool
+) -> float:
+    """Operations of a forward and a backward pass, for the mean token of rows of these lengths.
+
+    Three times those of the forward pass; twice with an adapter, whose base has no gradients. `head_share` of
+    the tokens go through the language model's head.
+
+    >>> from modernbert_decoder.architecture import released_architecture
+    >>> a = released_architecture("17m")
+    >>> training_flops_per_token(a, [9, 9], head_share=1.0, has_adapter=False) == 3 * a.flops_per_token(5)
+    True
+    """
+    forward = 0.0
+    for length, count in Counter(lengths).items():
+        middle = (length + 1) // 2  # attention's operations grow with the position
+        body = architecture.flops_per_token(middle, with_head=False)
+        head = architecture.flops_per_token(middle) - body
+        forward += count * length * (body + head_share * head)
+    return (2 if has_adapter else 3) * forward / sum(lengths)
 
 
 def history_of(trainer: FinetuneTrainer) -> list[dict[str, float]]:

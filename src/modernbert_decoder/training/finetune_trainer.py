@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, L labels.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from modernbert_decoder.pytorch.losses import IGNORED, NumItems, ProblemType, classification_loss
 from modernbert_decoder.training.errors import TrainingError
+from modernbert_decoder.training.finetune_checkpoints import checkpoint_path, keep_only, mark_whole
+from modernbert_decoder.training.precision import measured_peak_flops
 from modernbert_decoder.training.sharding import check_sharding, shard_on_cpu
 
 # Rows that are sorted by length at a time, in batches: more save padding, fewer keep the order more random.
@@ -42,6 +45,7 @@ class Learning:
         collate: rows to the arguments of the model, and `labels`.
         objective: the loss.
         evaluate: the metrics of a model in evaluation mode, by name; None: there is nothing to judge by.
+        flops_per_token: operations of a forward and a backward pass, for the mean token of the rows.
     """
 
     rows: Sequence[Any]
@@ -49,6 +53,7 @@ class Learning:
     collate: Callable[[Sequence[Any]], Batch]
     objective: Objective
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None
+    flops_per_token: float
 
 
 class LengthSampler(Sampler[int]):
@@ -85,6 +90,56 @@ class LengthSampler(Sampler[int]):
             yield from batch
 
 
+class TokenCount:
+    """Tokens of the rows that a run has learned from, over all processes.
+
+    >>> count = TokenCount([5, 1, 1, 1], rows_per_step=2, seed=0)
+    >>> count.after(2), count.after(4)
+    (8, 16)
+    """
+
+    def __init__(self, lengths: Sequence[int], *, rows_per_step: int, seed: int) -> None:
+        self._lengths = np.asarray(lengths)
+        self._order = LengthSampler(lengths, batch_size=rows_per_step, seed=seed)
+        self._first_rows = np.arange(0, len(lengths), rows_per_step)  # of each step of an epoch
+        self._epoch = -1
+        self._before = np.zeros(0, np.int64)  # tokens of that epoch before each of its steps
+
+    def after(self, step: int) -> int:
+        """The tokens of the first so many steps."""
+        epoch, done = divmod(step, len(self._first_rows))
+        if epoch != self._epoch:
+            self._order.set_epoch(epoch)
+            of_steps = np.add.reduceat(self._lengths[list(self._order)], self._first_rows)
+            self._before = np.cumsum(of_steps) - of_steps
+            self._epoch = epoch
+        return epoch * int(self._lengths.sum()) + int(self._before[done])
+
+
+class EpochEnds(TrainerCallback):
+    """Logs at the end of each epoch, and finds the best checkpoint of a run whose folder was moved.
+
+    With that, a run that goes on from a checkpoint logs what it would have logged: no mean goes over an
+    epoch's end.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The library has forgotten a best checkpoint that does not stand where it was written."""
+        assert args.output_dir is not None
+        if state.best_global_step:
+            best = checkpoint_path(Path(args.output_dir), state.best_global_step)
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Asks for it; the library logs no step twice."""
+        control.should_log = True
+
+
 class FinetuneTrainer(Trainer):
     """Trains what a `Learning` says.
 
@@ -106,10 +161,19 @@ class FinetuneTrainer(Trainer):
             train_dataset=learning.rows,
             eval_dataset=learning.rows[:1],  # evaluation is our own; there must be some
             data_collator=learning.collate,
-            callbacks=callbacks,
+            callbacks=[EpochEnds(), *callbacks],
         )
         self.saving_step: int | None = None
         self._learning = learning
+        self._tokens = TokenCount(learning.lengths, rows_per_step=self._rows_per_step, seed=args.seed)
+        self._peak_flops = args.world_size * measured_peak_flops(args.device, is_bfloat16=args.bf16)
+        self._last_log: tuple[float, int] | None = None  # when, and the tokens seen by then
+
+    @property
+    def _rows_per_step(self) -> int:
+        args = self.args
+        rows: int = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return rows
 
     def create_accelerator_and_postprocess(self) -> None:
         """The library's, and FSDP2 on CPUs where the launcher asks for it."""
@@ -122,18 +186,20 @@ class FinetuneTrainer(Trainer):
         self.saving_step = self.state.global_step
         # The library looks for it before shards are written, and processes that found it or not would part.
         assert self.args.output_dir is not None
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = checkpoint_path(Path(self.args.output_dir), self.state.global_step)
         folder.mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial)
+        if self.is_world_process_zero():
+            mark_whole(folder)
+            keep_only(folder.parent, steps={self.state.global_step, self.state.best_global_step})
         self.saving_step = None
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the file that makes a checkpoint whole comes after everybody's
+        self.accelerator.wait_for_everyone()  # a checkpoint is whole when everybody's files are there
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthSampler(self._learning.lengths, batch_size=size, seed=self.args.seed)
+        return LengthSampler(self._learning.lengths, batch_size=self._rows_per_step, seed=self.args.seed)
 
     def training_step(
         self,
@@ -146,6 +212,8 @@ class FinetuneTrainer(Trainer):
         Raises:
             TrainingError: the loss is no number; the weights are those of the step before.
         """
+        if self._last_log is None:
+            self._last_log = (time.perf_counter(), self._tokens.after(self.state.global_step))
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss.item()):
             raise TrainingError(
@@ -174,11 +242,27 @@ class FinetuneTrainer(Trainer):
     ) -> dict[str, float]:
         """The learning's own metrics; the arguments are the library's and change nothing else."""
         assert self._learning.evaluate is not None
+        started = time.perf_counter()
         found = self.judged(self._learning.evaluate)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
+        if self._last_log is not None:  # evaluating is no training
+            then, tokens = self._last_log
+            self._last_log = (then + time.perf_counter() - started, tokens)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The library's log, with tokens and speed beside the loss."""
+        tokens = self._tokens.after(self.state.global_step)
+        logs["tokens"] = tokens
+        if "loss" in logs and self._last_log is not None:
+            now, (then, before) = time.perf_counter(), self._last_log
+            speed = (tokens - before) / (now - then)
+            logs["tokens_per_second"] = speed
+            logs["mfu"] = speed * self._learning.flops_per_token / self._peak_flops
+            self._last_log = (now, tokens)
+        super().log(logs, start_time)
 
     def judged(self, judge: Callable[[nn.Module], Any]) -> Any:
         """What a function says of the model in evaluation mode, without gradients."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from modernbert_decoder.errors import InputError
 from modernbert_decoder.training.encoding import DocumentEncoder
 from modernbert_decoder.training.sequences import Ids
 
@@ -52,9 +53,18 @@ class HeldOutTexts:
 
     @classmethod
     def read(cls, files: Sequence[Path], encoder: DocumentEncoder, *, window: int) -> HeldOutTexts:
-        """From text files, each one text."""
-        texts = [file.read_text(encoding="utf-8") for file in files]
+        """From text files, each one text.
+
+        Raises:
+            InputError: a file is no text in UTF-8, or all are empty.
+        """
+        texts = [_text_of(file) for file in files]
         num_bytes = sum(len(text.encode()) for text in texts)
+        if num_bytes == 0:
+            raise InputError(
+                f"the held-out texts are empty ({', '.join(map(str, files))}); name others in "
+                "evaluation.files, or remove the section evaluation"
+            )
         return cls(np.concatenate(encoder(texts)), num_bytes=num_bytes, window=window)
 
     @torch.no_grad()
@@ -107,3 +117,15 @@ class HeldOutTexts:
             self._ids[None, begin:].astype(np.int64) for begin in begins if begin + window > len(self._ids)
         ]
         return batches
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file} is no text in UTF-8 ({error.reason} at byte {error.start:,}); evaluation.files names "
+            "plain text files: unpack or convert it, or name others"
+        ) from error

@@ -97,11 +97,11 @@ class MaskedStepBatches(StepBatches):
     def __init__(self, *arguments: Any, masking: Masking, **options: Any) -> None:
         """Arguments of `StepBatches`, and what to hide."""
         super().__init__(*arguments, **options)
-        self._masking = masking
+        self.masking = masking
 
     def prepared(self, sequences: Sequence[TokenSequence], step: int) -> Sequence[TokenSequence]:
         """The sequences of a step with hidden tokens."""
         return [
-            self._masking.apply(sequence, np.random.default_rng([self._masking.seed, _STREAM, step, row]))
+            self.masking.apply(sequence, np.random.default_rng([self.masking.seed, _STREAM, step, row]))
             for row, sequence in enumerate(sequences)
         ]

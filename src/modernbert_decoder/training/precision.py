@@ -6,9 +6,11 @@ Knows nothing of recipes.
 from __future__ import annotations
 
 import time
+from functools import cache
 from typing import Final, Literal
 
 import torch
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -24,7 +26,7 @@ def uses_bfloat16(precision: Precision) -> bool:
     """
     if precision != "auto":
         return precision == "bfloat16"
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return has_accelerator() and is_torch_bf16_gpu_available()
 
 
 def has_accelerator() -> bool:
@@ -33,7 +35,15 @@ def has_accelerator() -> bool:
 
 
 def measured_peak_flops(device: torch.device, *, is_bfloat16: bool) -> float:
-    """Floating-point operations per second of a large matrix product on a device: the best of a few."""
+    """Floating-point operations per second of a large matrix product on a device: the best of a few.
+
+    Measured once in a process, for as many threads as there are.
+    """
+    return _measured_peak_flops(device, is_bfloat16, torch.get_num_threads())
+
+
+@cache
+def _measured_peak_flops(device: torch.device, is_bfloat16: bool, threads: int) -> float:
     size = _MATRIX if device.type != "cpu" else _MATRIX // 2
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -43,6 +43,7 @@ from modernbert_decoder.training.plan import Plan
 from modernbert_decoder.training.precision import has_accelerator, measured_peak_flops, uses_bfloat16
 from modernbert_decoder.training.progress import PlanProgress, Write
 from modernbert_decoder.training.recipe import Recipe
+from modernbert_decoder.training.recipe_files import read_recipe
 from modernbert_decoder.training.reporting import EvaluateEvery, check_reporting, tensorboard_callback
 from modernbert_decoder.training.sequences import Cursor
 from modernbert_decoder.training.tokenizer_training import TrainingTokenizer
@@ -55,8 +56,8 @@ class RunResult:
 
     Attributes:
         folder: of the model.
-        steps: taken so far, earlier starts included.
-        tokens: seen so far.
+        steps: that it has taken, earlier starts included.
+        tokens: that it has seen.
         evaluations: of the model, where the recipe names held-out texts.
     """
 
@@ -80,7 +81,8 @@ def pretrain(
     Args:
         recipe: what to do.
         out: the folder of the run: checkpoints, one model folder per phase, and `model`, the last of them.
-        stop_after: a phase behind which to stop; the same call without it goes on.
+        stop_after: a phase behind which to stop; the same call without it goes on. Where that phase is over
+            nothing is trained, and the result is its model.
         write: takes lines of progress.
         shows_bar: draw a bar instead.
         run_type: another kind of run; None: that of a language model.
@@ -173,9 +175,11 @@ class PretrainingRun:
             self._finish_interrupted(self.checkpoint)
         if self.steps_before < self.plan.first_step_of(self.last_phase + 1):
             self._train()
-        steps = max(self.trainer.state.global_step, self.steps_before)
-        phase = self.plan.step(steps - 1).phase
-        folder = self.phase_folder(phase)
+        elif self.steps_before > self.plan.first_step_of(self.last_phase + 1):
+            self._check_phase_left()
+        end = self.plan.first_step_of(self.last_phase + 1)
+        steps = min(max(self.trainer.state.global_step, self.steps_before), end)
+        folder = self.phase_folder(self.plan.step(steps - 1).phase)
         return RunResult(folder, steps, self.plan.tokens_after(steps), tuple(stored_evaluations(folder)))
 
     def phase_folder(self, phase: int) -> Path:
@@ -208,12 +212,26 @@ class PretrainingRun:
     def _finish_interrupted(self, checkpoint: Path) -> None:
         """Writes the model of a phase if its last checkpoint is there, but the process was killed then."""
         step = self.plan.step(self.steps_before - 1)
-        is_missing = step.is_last_of_phase and not self.phase_folder(step.phase).is_dir()
+        is_missing = step.is_last_of_phase and not self._is_written(step.phase)
         if is_missing and self.trainer.accelerator.is_main_process:
             load_weights(self.model, checkpoint)
             with disk_errors_explained(self.writer, self.out):
                 self._write_model(step.phase, checkpoint, self.model.state_dict())
         self.wait_for_everyone()
+
+    def _is_written(self, phase: int) -> bool:
+        """Whether the model of a phase that has just ended stands in its folder.
+
+        It may be that of an earlier end, behind which the phase was lengthened or another one added; the
+        recipe beside it tells.
+        """
+        folder = self.phase_folder(phase)
+        path = folder / run_folder.RECIPE_FILE
+        if not path.is_file():
+            return False
+        then = read_recipe(path)
+        number = len(then.phases) if folder.name == "model" else phase + 1
+        return Plan(then).first_step_of(number) == self.steps_before
 
     def _write_model(self, phase: int, checkpoint: Path, state: dict[str, Any]) -> None:
         base = self.plan.phases[phase].rope_base
@@ -277,6 +295,19 @@ class PretrainingRun:
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _check_phase_left(self) -> None:
+        """Says that the run is past the phase to stop after, of which only the model can be asked for.
+
+        Raises:
+            TrainingError: that has been removed.
+        """
+        name, end = self.plan.phases[self.last_phase].name, self.plan.first_step_of(self.last_phase + 1)
+        where = f"phase {name} ended with step {end:,}, and the run is at step {self.steps_before:,}"
+        folder = self.phase_folder(self.last_phase)
+        if not folder.is_dir():
+            raise TrainingError(f"{where}; {folder} is gone. Go on without --stop-after, or start a new run")
+        self._write(f"{where}: nothing to do")
 
     def _check_sharding(self, checkpoint: Path) -> None:
         is_sharded = not (checkpoint / "optimizer.pt").is_file()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,6 +16,9 @@ from modernbert_decoder.training.plan import Plan
 
 Write = Callable[[str], None]
 """Takes one line of text, without its end."""
+
+# Without a rate of its own: the log's, with loss and MFU, fits into 80 columns instead.
+_BAR_FORMAT: Final = "{l_bar}{bar}| {n_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class PlanProgress(TrainerCallback):
@@ -33,7 +36,7 @@ class PlanProgress(TrainerCallback):
         self._shows_bar = shows_bar
         self._bar: Any = None
         self._begin = (0.0, 0)  # when training began, and the tokens seen before
-        self._notes: dict[str, str] = {}
+        self._logs: dict[str, float] = {}  # the newest of each number, for the bar
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -43,7 +46,11 @@ class PlanProgress(TrainerCallback):
         self._begin = (time.perf_counter(), tokens)
         if state.is_world_process_zero and self._shows_bar:
             self._bar = tqdm(
-                total=self._plan.total_tokens, initial=tokens, unit="tok", unit_scale=True, dynamic_ncols=True
+                total=self._plan.total_tokens,
+                initial=tokens,
+                unit_scale=True,
+                dynamic_ncols=True,
+                bar_format=_BAR_FORMAT,
             )
 
     def on_step_end(
@@ -69,9 +76,9 @@ class PlanProgress(TrainerCallback):
         if not numbers:
             return
         if self._bar is not None:
-            self._notes |= numbers
-            self._bar.set_description(phase)
-            self._bar.set_postfix(self._notes)
+            self._logs |= logs
+            self._bar.set_description(phase, refresh=False)
+            self._bar.set_postfix(shown_numbers(self._logs))
             return
         parts = [f"{name} {text}" for name, text in numbers.items()]
         if "loss" in logs and (remaining := self._remaining_seconds(state.global_step)) is not None:
@@ -109,9 +116,9 @@ def shown_numbers(logs: Mapping[str, float]) -> dict[str, str]:
     """
     forms = {
         "loss": ("loss", "{:.4f}"),
-        "learning_rate": ("rate", "{:.2e}"),
         "tokens_per_second": ("tok/s", "{:,.0f}"),
         "mfu": ("MFU", "{:.0%}"),
+        "learning_rate": ("rate", "{:.2e}"),
         "eval_bits_per_byte": ("held-out bits/byte", "{:.4f}"),
     }
     shown = {label: form.format(logs[key]) for key, (label, form) in forms.items() if key in logs}

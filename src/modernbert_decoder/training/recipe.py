@@ -147,7 +147,7 @@ class EvaluationRecipe:
     """Held-out texts, of which bits per byte are measured while training and at the end.
 
     Attributes:
-        files: patterns of text files, each one text.
+        files: patterns of text files, each one text in plain UTF-8.
         window: tokens of a window; each token is predicted from its own window only.
         every_steps: how often while training; None: only at the end of a phase.
         max_windows: of these, evenly spread, while training; None: all. The end of a phase takes all.

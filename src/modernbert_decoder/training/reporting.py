@@ -27,8 +27,18 @@ class EvaluateEvery(TrainerCallback):
             control.should_evaluate = True
 
 
-def check_reporting(names: Sequence[str]) -> None:
+def check_reporting(
+    names: Sequence[str],
+    *,
+    where: str = "run.report_to",
+    otherwise: str = "change the recipe (--set run.report_to=[])",
+) -> None:
     """Refuse destinations whose package is not installed.
+
+    Args:
+        names: of the destinations.
+        where: what names them.
+        otherwise: what to do instead of installing them.
 
     Raises:
         InputError: names them and those that could be used.
@@ -37,8 +47,8 @@ def check_reporting(names: Sequence[str]) -> None:
     missing = [name for name in names if name not in available]
     if missing:
         raise InputError(
-            f"run.report_to names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            f"installed; install it, or change the recipe (--set run.report_to=[]). Installed: "
+            f"{where} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            f"installed; install it, or {otherwise}. Installed: "
             f"{', '.join(available) or 'none'}"
         )
 

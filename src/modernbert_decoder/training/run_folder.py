@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
@@ -143,8 +144,14 @@ def _check_changes(before: Recipe, now: Recipe, *, num_steps: int, out: Path) ->
 
 
 def _agree(before: Plan, now: Plan, num_steps: int) -> bool:
-    """Whether two plans have the same first steps."""
-    return num_steps <= now.num_steps and all(before.step(i) == now.step(i) for i in range(num_steps))
+    """Whether two plans have the same first steps; a phase may end with the last of them in one plan only."""
+    if num_steps > now.num_steps:
+        return False
+    last = num_steps - 1
+    is_end = now.step(last).is_last_of_phase
+    return replace(before.step(last), is_last_of_phase=is_end) == now.step(last) and all(
+        before.step(i) == now.step(i) for i in range(last)
+    )
 
 
 def _may_change(key: str, *, begun_phase: int, is_same_so_far: bool) -> bool:

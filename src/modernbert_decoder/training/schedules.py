@@ -67,14 +67,3 @@ def batch_sequences(tokens_seen: int, *, first: int, full: int, warmup_tokens: i
         return full
     grown = first + (full - first) * tokens_seen // warmup_tokens
     return max(first, grown // multiple * multiple)
-
-
-def trapezoid(n: float, *, total: float, warmup: float, decay: float, floor: float = 0.0) -> float:
-    """Linear warm-up, plateau at 1, and 1-sqrt decay to `floor`, in steps or tokens alike.
-
-    >>> [trapezoid(n, total=100, warmup=10, decay=20) for n in (0, 5, 50, 85, 100)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    if n < warmup:
-        return n / warmup
-    return one_minus_sqrt(n, total=total, decay=decay, end=floor)

@@ -56,7 +56,7 @@ class ReadTexts:
 
     Attributes:
         examples: in the order of the files.
-        num_cut: prompts or completions that lost tokens, because they were longer than allowed.
+        num_cut: pairs that lost tokens, because they were longer than allowed.
     """
 
     examples: list[Example]
@@ -116,10 +116,9 @@ def _pair(
     stripped = prompt.rstrip()
     cls_token_id, *front = tokenizer.encode(stripped) if stripped else [tokenizer.cls_token_id]
     back = [*tokenizer.encode(prompt[len(stripped) :] + completion)[1:], sep_token_id]
+    is_cut = 1 + len(front) + len(back) > max_length
     room = max(max_length - 1 - len(back), 0)
-    is_cut = len(front) > room
-    front = front[len(front) - room :] if is_cut else front
-    if len(back) > max_length - 1:
-        back = back[: max_length - 1]
+    front = front[max(len(front) - room, 0) :]
+    back = back[: max_length - 1]
     ids = (cls_token_id, *front, *back)
     return Example(ids, (*[IGNORED] * (1 + len(front)), *back)), is_cut

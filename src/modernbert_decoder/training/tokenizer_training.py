@@ -18,6 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from modernbert_decoder.atomic_files import new_file
 from modernbert_decoder.errors import InputError, ModelNotFoundError
 from modernbert_decoder.training.documents import DocumentStream, Source
+from modernbert_decoder.training.encoding import encodable
 from modernbert_decoder.training.errors import RecipeError
 from modernbert_decoder.training.recipe import TokenizerTraining
 
@@ -147,21 +148,20 @@ def _tokenizer_file(source: str) -> Path:
 
 
 def _texts(source: Source, max_bytes: int, *, seed: int) -> Iterator[str]:
-    """Documents of one epoch at most, of about so many bytes."""
+    """Documents of one epoch at most, until there are so many bytes; the last of them is whole."""
     stream = DocumentStream(source, seed=seed)
     num_bytes = 0
     try:
         while num_bytes < max_bytes:
-            block = stream.read_block(256)
-            if stream.place.epoch > 0:
-                yield from (text for text in block if isinstance(text, str))
+            (document,) = stream.read_block(1)  # a larger block could be of the next epoch
+            if stream.epoch > 0:
                 return
-            for document in block:
-                if not isinstance(document, str):
-                    raise InputError(
-                        "the documents are token ids (data.ids_key), of which no tokenizer can be trained"
-                    )
-                num_bytes += len(document)
-                yield document
+            if not isinstance(document, str):
+                raise InputError(
+                    "the documents are token ids (data.ids_key), of which no tokenizer can be trained"
+                )
+            text = encodable(document)
+            num_bytes += len(text.encode())
+            yield text
     finally:
         stream.close()

@@ -50,6 +50,21 @@ class TrainerSettings:
     tokens_at_once: int
 
 
+@dataclass
+class _Work:
+    """What has been done since a moment, by all processes.
+
+    Attributes:
+        since: the moment; evaluations put it off.
+        tokens: trained on, padding not counted.
+        flops: operations of their forward and backward passes.
+    """
+
+    since: float
+    tokens: int = 0
+    flops: float = 0.0
+
+
 class PretrainingTrainer(Trainer):
     """A step of this trainer is a step of the plan, however many rounds its batch takes.
 
@@ -73,7 +88,8 @@ class PretrainingTrainer(Trainer):
         self.cursor: Cursor | None = None
         self._settings = settings
         self._phase = -1
-        self._last_log: tuple[float, int] | None = None  # when, and the tokens seen by then
+        self._mean_length = 0  # of the sequences of the last step
+        self._work: _Work | None = None  # since the last entry of the log; None: no step has begun
 
     def create_accelerator_and_postprocess(self) -> None:
         """The library's, and FSDP2 on CPUs where the launcher asks for it."""
@@ -138,8 +154,9 @@ class PretrainingTrainer(Trainer):
             TrainingError: the loss is no number; the weights are those of the step before.
         """
         batch: StepBatch = inputs["batch"]
-        if self._last_log is None:
-            self._last_log = (time.perf_counter(), self.plan.tokens_after(self.state.global_step))
+        if self._work is None:
+            self._work = _Work(time.perf_counter())
+            self._set_rates()
         self._enter_phase(self.plan.step(self.state.global_step).phase)
         model.train()
         num_items = torch.tensor(batch.num_targets / self.accelerator.num_processes, device=self.args.device)
@@ -164,6 +181,9 @@ class PretrainingTrainer(Trainer):
                 "again: it goes on from the last checkpoint"
             )
         self.cursor = batch.cursor
+        self._mean_length = batch.mean_length
+        self._work.tokens += batch.num_tokens
+        self._work.flops += batch.num_tokens * self._training_flops()
         return total
 
     def evaluate(
@@ -187,34 +207,42 @@ class PretrainingTrainer(Trainer):
             f"{metric_key_prefix}_bits_per_byte": result.bits_per_byte,
         }
         self.log(metrics)
-        if self._last_log is not None:  # evaluating is no training
-            then, tokens = self._last_log
-            self._last_log = (then + time.perf_counter() - started, tokens)
+        if self._work is not None:  # evaluating is no training
+            self._work.since += time.perf_counter() - started
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The library's log, with tokens and speed beside the loss."""
-        tokens = self.plan.tokens_after(self.state.global_step)
-        logs["tokens"] = tokens
-        if "loss" in logs and self._last_log is not None:
-            now, (then, before) = time.perf_counter(), self._last_log
-            speed = (tokens - before) / (now - then)
-            logs["tokens_per_second"] = speed
-            logs["mfu"] = speed * self._training_flops() / self._settings.peak_flops
-            self._last_log = (now, tokens)
+        """The library's log, with tokens and speed beside the loss.
+
+        `tokens` are the schedules', to which a padded sequence counts as a full one; speed is that of tokens
+        which are no padding.
+        """
+        logs["tokens"] = self.plan.tokens_after(self.state.global_step)
+        if "loss" in logs and self._work is not None:
+            now = time.perf_counter()
+            seconds = now - self._work.since
+            logs["tokens_per_second"] = self._work.tokens / seconds
+            logs["mfu"] = self._work.flops / seconds / self._settings.peak_flops
+            self._work = _Work(now)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """Of this process's part of a step, forward and backward."""
-        step = self.plan.step(min(self.state.global_step, self.plan.num_steps - 1))
-        tokens = step.num_sequences * step.sequence_length // self.accelerator.num_processes
-        return int(tokens * self._training_flops())
+        """Of this process's part of the step that was just taken, forward and backward."""
+        batch: StepBatch = inputs["batch"]
+        num_processes: int = self.accelerator.num_processes
+        return int(batch.num_tokens * self._training_flops()) // num_processes
 
     def _training_flops(self) -> float:
-        """Per token of the present phase."""
-        length = self.plan.phases[max(self._phase, 0)].sequence_length
-        return training_flops_per_token(self.decoder.config.to_architecture(), length)
+        """Per token of the last step."""
+        return training_flops_per_token(self.decoder.config.to_architecture(), self._mean_length)
+
+    def _set_rates(self) -> None:
+        """The plan's rate for the first step: a checkpoint holds that of the plan it was written with."""
+        assert self.optimizer is not None
+        rate = self.plan.rate(self.state.global_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._settings.optimizer.learning_rate * rate
 
     def _enter_phase(self, phase: int) -> None:
         if phase != self._phase:
