@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-TOLERANCE = 1e-5  # of the issue; the products differ in the order of sums only
+TOLERANCE = 1e-5  # the products differ in the order of sums only
 LINEAR = ["q_proj", "k_proj", "v_proj", "Wo", "Wi"]
 PROMPT = [CLS, *b"Once upon a time there was"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's remarks on tied weights and unknown hosts

@@ -92,7 +92,7 @@ def test_every_way_of_ours_meets_upstreams_of_its_layout_and_packing_also_meets_
 def test_packed_and_padded_steps_count_the_same_tokens() -> None:
     task = training()
     assert task.tokens == sum(task.arguments["lengths"])
-    assert len(set(task.arguments["lengths"])) == len(task.arguments["lengths"])  # mixed, as the issue asks
+    assert len(set(task.arguments["lengths"])) == len(task.arguments["lengths"])  # mixed
 
 
 def test_ratios_are_taken_within_each_round_and_rates_from_the_median() -> None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from checkpoints import byte_tokenizer, tiny_architecture, write_checkpoint
+from encoder_checkpoints import (
+    contents,
+    encoder_tensors,
+    flexbert_config,
+    flexbert_tensors,
+    write,
+    write_encoder,
+)
 from modernbert_decoder.checkpoint import Checkpoint
 from modernbert_decoder.cli import main
 
@@ -91,6 +100,37 @@ def test_a_limitation_is_a_warning_on_standard_error(
     captured = capsys.readouterr()
     assert captured.err.startswith("mbd: warning: transformers 4 will use the RoPE base 160000.0")
     assert json.loads(captured.out)["limitations"][0] in captured.err
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_trainers_checkpoint_becomes_a_decoder_with_the_context_that_is_stated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    architecture = tiny_architecture(classifier_bias=True)
+    config = flexbert_config(architecture, max_seq_len=..., max_position_embeddings=...)
+    trainer = write(tmp_path / "trainer", config, flexbert_tensors(encoder_tensors(architecture)))
+    arguments = ["convert", str(trainer), str(tmp_path / "decoder"), "--to", "decoder"]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "--max-positions" in captured.err
+    assert not (tmp_path / "decoder").exists()
+    assert main([*arguments, "--max-positions", "777"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for part in (
+        "flexbert -> decoder",
+        "4 split into q, k and v",
+        "1 copies of the tied embedding left out",
+        "64 tokens, self included",
+        "tokenizer.json",
+    ):
+        assert part in captured.out
+    opened = Checkpoint.open(tmp_path / "decoder").architecture
+    assert opened == replace(architecture, max_position_embeddings=777)
+    # The same weights under the names of an encoder become the same decoder.
+    encoder = write_encoder(tmp_path / "encoder", architecture)
+    assert main(["convert", "--quiet", str(encoder), str(tmp_path / "other"), "--to", "decoder"]) == 0
+    assert contents(tmp_path / "decoder") == contents(tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,96 @@ def test_a_mask_of_integers_is_not_added_to_the_scores(attention: str, is_per_ki
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_no_mask_is_not_taken_for_a_causal_one(attention: str) -> None:
     with pytest.raises(ValueError, match="would see later tokens"):
-        ours(attention=attention)(random_ids(80), attention_mask=dict.fromkeys(KINDS))
+        ours(attention=attention)(random_ids(40), attention_mask=dict.fromkeys(KINDS))
+
+
+def test_no_mask_is_taken_by_sdpa_where_its_causal_flag_says_the_same() -> None:
+    model, ids, none = ours(attention="sdpa"), random_ids(80), dict.fromkeys(KINDS)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        first = model(ids[:, :64], attention_mask=none, past_key_values=cache).logits
+        second = model(ids[:, 64:65], attention_mask=none, past_key_values=cache).logits
+        assert error(torch.cat([first, second], 1), whole[:, :65]) < TOLERANCE
+        with pytest.raises(ValueError, match="none before the new ones"):
+            model(ids[:, 65:70], attention_mask=none, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"sliding_attention'\] is None.*more than the window"):
+            model(ids, attention_mask=none)
+        unwindowed = DynamicCache()
+        model(ids[:, :70], past_key_values=unwindowed)
+        with pytest.raises(ValueError, match=r"sliding_attention'\] is None"):
+            model(ids[:, 70:71], attention_mask=none, past_key_values=unwindowed)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, 1, 80), r"must be \(2 or 1, 2 or 1, 80, keys\)"),  # one row for all queries
+        ((3, 1, 80, 80), r"must be \(2 or 1"),
+        ((2, 3, 80, 80), r"2 or 1, 80, keys"),
+        ((2, 1, 80, 70), "70 columns, but there are 80 slots"),
+        ((2, 1, 80, 90), "90 columns, but there are 80 slots"),
+    ],
+)
+def test_a_mask_of_four_dimensions_and_another_shape_is_refused(
+    shape: tuple[int, ...], message: str, attention: str
+) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
+    for given in (mask, dict.fromkeys(KINDS, mask)):
+        with pytest.raises(ValueError, match=message):
+            ours(attention=attention)(random_ids(80), attention_mask=given)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("shape", [(2, 80), (1, 80), (2, 80, 80)])
+def test_a_mask_per_layer_kind_needs_four_dimensions(attention: str, shape: tuple[int, ...]) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"has {len(shape)} dimensions, but must have 4"):
+        ours(attention=attention)(random_ids(80, rows=shape[0]), attention_mask=dict.fromkeys(KINDS, mask))
+
+
+@pytest.mark.parametrize("name", ["Model", "ForCausalLM", "ForSequenceClassification"])
+def test_positions_in_a_cache_are_those_that_it_has_anyway(name: str) -> None:
+    model, ids = ours(name, attention="sdpa"), random_ids(80)
+    with torch.no_grad():
+        whole = model(ids)[0]
+        assert torch.equal(model(ids, cache_position=torch.arange(80))[0], whole)
+        for cache in (
+            DynamicCache(config=model.config),
+            StaticCache(config=model.config, max_cache_len=90),
+        ):
+            model(ids[:, :60], past_key_values=cache, cache_position=torch.arange(60))
+            rest = model(ids[:, 60:], past_key_values=cache, cache_position=torch.arange(60, 80))[0]
+            assert error(rest, whole if name == "ForSequenceClassification" else whole[:, 60:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("positions", [torch.tensor([7]), torch.arange(81), torch.arange(80)[None]])
+def test_positions_in_a_cache_of_another_shape_are_refused(positions: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"cache_position has the shape .* must be \(80,\)"):
+        ours()(random_ids(80), cache_position=positions)
+
+
+def test_stated_positions_keep_the_padding_of_a_step_without_logits() -> None:
+    model, ids = ours(attention="sdpa").train(), random_ids(80)
+    mask = torch.ones_like(ids)
+    mask[0, 60:] = 0
+    inputs = {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100), "skip_logits": True}
+    loss = model(ids, **inputs, cache_position=torch.arange(80)).loss
+    assert error(loss, model(ids, **inputs).loss) < TOLERANCE
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_shifted_labels_are_labels_moved_by_one(skip_logits: bool) -> None:
+    model, ids = ours(attention="sdpa"), random_ids(80)
+    labels = ids.masked_fill(torch.rand(2, 80) < 0.2, -100)
+    expected = model(ids, labels=labels).loss
+    shifted = losses.next_token_labels(labels)
+    assert shifted[:, :-1].equal(labels[:, 1:])
+    assert error(model(ids, shift_labels=shifted, skip_logits=skip_logits).loss, expected) < TOLERANCE
+    # they come first, as trainers that split sequences expect
+    both = model(ids, shift_labels=shifted, labels=ids, skip_logits=skip_logits).loss
+    assert error(both, expected) < TOLERANCE
 
 
 def test_a_mask_for_one_kind_only_is_refused() -> None:
@@ -107,6 +196,12 @@ def test_lengths_of_packed_sequences_without_positions_are_refused_where_they_wo
     lengths = torch.tensor([0, 40, 80], dtype=torch.int32)
     with pytest.raises(ValueError, match="Pass position_ids that start anew"):
         ours(attention="sdpa")(random_ids(80, rows=1), cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+    positions = torch.arange(40).repeat(2)[None]
+    inputs = {"position_ids": positions, "cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
+    model, ids = ours(attention="sdpa"), random_ids(80, rows=1)
+    assert model(ids, **inputs).logits.equal(model(ids, position_ids=positions).logits)
+    with pytest.raises(ValueError, match="and no attention_mask"):  # with one nothing is separated
+        model(ids, **inputs, attention_mask=torch.ones_like(ids))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -57,6 +57,32 @@ def test_sliding_layers_use_the_band_from_four_windows_on(monkeypatch: pytest.Mo
     assert kinds == ["full_attention", "full_attention"]
 
 
+@pytest.mark.parametrize("lengths", [(70, 60), (180, 70, 150)])
+def test_packed_sequences_need_no_dense_mask_in_full_layers(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]
+) -> None:
+    model, kinds, shapes = ours(attention="sdpa"), [], []
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def record(module: Any, *arguments: Any, **options: Any) -> Any:
+        kinds.append(module.kind.value)
+        return original(module, *arguments, **options)
+
+    def record_mask(*arguments: Any, attn_mask: Any = None, **options: Any) -> Any:
+        shapes.append(None if attn_mask is None else tuple(attn_mask.shape[-2:]))
+        return attend(*arguments, attn_mask=attn_mask, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", record)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record_mask)
+    ids = random_ids(sum(lengths))
+    model(ids, position_ids=torch.cat([torch.arange(n) for n in lengths])[None], use_cache=False)
+    is_banded = len(ids[0]) >= 256
+    assert kinds == ([] if is_banded else ["sliding_attention"] * 2)
+    of_full, of_sliding = [None] * len(lengths), (64, 128) if is_banded else (130, 130)
+    assert shapes == [*of_full, of_sliding, of_sliding, *of_full]
+
+
 def test_packed_sequences_in_a_band_are_separated() -> None:
     lengths = [180, 70, 150]
     ids = random_ids(sum(lengths))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch_models import error, randomize
+from torch_models import SIDES, error, randomize
+from transformers import DynamicCache
 
 from checkpoints import open_runtime, random_ids, tiny_architecture, whole_logits, write_checkpoint
 from modernbert_decoder.architecture import LayerKind, RotaryParameters
@@ -47,6 +48,28 @@ def test_logits_equal_the_engine(tmp_path: Path, name: str, length: int) -> None
         logits = model(torch.tensor([ids])).logits[0]
     reference = torch.tensor(whole_logits(open_runtime(folder), ids))
     assert error(logits, reference) < (YARN_TOLERANCE if name == "yarn" else TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", SIDES)
+def test_padded_rows_and_their_cached_chunks_equal_the_engine(tmp_path: Path, side: str) -> None:
+    architecture = tiny_architecture(**ARCHITECTURES["two bases"])
+    folder = write_checkpoint(tmp_path / "model", architecture)
+    model, runtime = ModernBertDecoderForCausalLM.from_pretrained(folder), open_runtime(folder)
+    lengths = (130, 130, 130) if side == "none" else (130, 90, 31)
+    rows = [random_ids(architecture, length, seed=i) for i, length in enumerate(lengths)]
+    ids, mask = torch.zeros(2, len(rows), max(lengths), dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(-len(row), None) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    cache, chunks, stop = DynamicCache(config=model.config), [], 0
+    for chunk in ids.split([70, 1, ids.shape[1] - 71], dim=1):
+        stop += chunk.shape[1]
+        chunks.append(model(chunk, attention_mask=mask[:, :stop], past_key_values=cache).logits)
+    for logits in (model(ids, attention_mask=mask).logits, torch.cat(chunks, 1)):
+        for i, row in enumerate(rows):
+            reference = torch.tensor(whole_logits(runtime, row))
+            assert error(logits[i][mask[i].bool()], reference) < TOLERANCE
 
 
 @pytest.mark.filterwarnings("ignore:transformers 4 will use:UserWarning")

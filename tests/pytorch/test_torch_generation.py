@@ -63,21 +63,6 @@ def test_sliding_layers_keep_only_what_the_next_token_sees() -> None:
     assert [layer.keys.shape[-2] for layer in cache.layers] == [200, 63, 63, 200]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_cache_cropped_past_the_window_continues_exactly() -> None:
-    model, ids = ours(), random_ids(200)
-    cache = DynamicCache(config=model.config)
-    if not hasattr(cache, "activate_past_recording"):
-        pytest.skip("this release of transformers cannot crop sliding layers past their window")
-    cache.activate_past_recording()
-    with torch.no_grad():
-        model(ids[:, :150], past_key_values=cache)
-        cache.crop(-10)
-        continued = model(ids[:, 140:], past_key_values=cache).logits
-        whole = model(ids, use_cache=False).logits[:, 140:]
-    assert error(continued, whole) < TOLERANCE
-
-
 def test_both_names_of_the_cache_work_in_arguments_and_outputs() -> None:
     model, ids = ours(), random_ids(70)
     output = model(ids)
@@ -125,7 +110,6 @@ def test_greedy_tokens_equal_those_of_the_whole_forward_pass() -> None:
         {"cache_implementation": "static", "disable_compile": True},
         {"use_cache": False},
         {"prompt_lookup_num_tokens": 3},
-        {"return_dict_in_generate": False},
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -145,17 +145,18 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(skip_logits: bool)
 
 
 @pytest.mark.parametrize(
-    ("labels", "num_items"),
+    ("num_labels", "labels", "num_items"),
     [
-        (torch.tensor([2, 0, 1, 1]), 4),
-        (torch.rand(4, 3), 12),
+        (3, torch.tensor([2, 0, 1, 1]), 4),
+        (3, torch.rand(4, 3), 12),
+        (1, torch.rand(4), 4),
     ],
-    ids=["single label", "multi label"],
+    ids=["single label", "multi label", "regression"],
 )
 def test_accumulated_gradients_of_a_classifier_equal_those_of_the_whole_batch(
-    labels: Tensor, num_items: int
+    num_labels: int, labels: Tensor, num_items: int
 ) -> None:
-    model, ids = ours("ForSequenceClassification", num_labels=3), random_ids(20, rows=4)
+    model, ids = ours("ForSequenceClassification", num_labels=num_labels), random_ids(20, rows=4)
     whole = gradients(model, model(ids, labels=labels).loss)
     parts = [
         model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=num_items).loss for i in range(4)

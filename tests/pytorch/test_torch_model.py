@@ -5,19 +5,19 @@ from __future__ import annotations
 import ast
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
 from torch_models import (
     CONFIG,
+    NAMES,
     TOLERANCE,
     UpstreamConfig,
     error,
     gradients,
+    main_output,
     ours,
     padded_batch,
     random_ids,
@@ -25,17 +25,20 @@ from torch_models import (
     worst,
 )
 from transformers import DynamicCache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 
 import modernbert_decoder.pytorch as wing
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.pytorch import ModernBertDecoderConfig, network
+from modernbert_decoder.pytorch.caches import CACHE_FIELD
 
-NAMES = ("Model", "ForCausalLM", "ForSequenceClassification")
 HEADS = dict(zip(NAMES, (Head.NONE, Head.CAUSAL_LM, Head.SEQUENCE_CLASSIFICATION), strict=True))
-
-
-def main_output(output: Any) -> Tensor:
-    return output.last_hidden_state if "last_hidden_state" in output else output.logits
+_OUTPUTS = (BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast)
+OUTPUTS = dict(zip(NAMES, _OUTPUTS, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,6 +64,38 @@ def test_outputs_have_the_documented_fields_and_the_tuple_has_the_same_order(nam
     assert len(as_tuple) == 4  # states or logits, cache, hidden states, attentions
     assert torch.equal(as_tuple[0], main_output(output))
     assert torch.equal(as_tuple[2][-1], output.hidden_states[-1])
+    assert type(output) is OUTPUTS[name]
+
+
+@pytest.mark.parametrize("name", ["ForCausalLM", "ForSequenceClassification"])
+def test_the_loss_comes_first_in_the_tuple(name: str) -> None:
+    model, ids = ours(name), random_ids(70)
+    labels = ids if name == "ForCausalLM" else torch.tensor([1, 0])
+    output = model(ids, labels=labels)
+    loss, logits, cache = model(ids, labels=labels, return_dict=False)
+    assert torch.equal(loss, output.loss)
+    assert torch.equal(logits, output.logits)
+    assert cache.get_seq_length() == 70
+    pair = model(ids, labels=labels, return_dict=False, use_cache=False)
+    assert [x.shape for x in pair] == [loss.shape, logits.shape]
+    model.config.return_dict = False
+    assert len(model(ids, labels=labels, use_cache=False)) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_names_of_the_cache_work_for_every_class(name: str) -> None:
+    model, ids = ours(name), random_ids(70)
+    output = model(ids)
+    assert output.past_key_values is output["past_key_values"] is output[CACHE_FIELD]
+    with pytest.raises(ValueError, match="two names of the same argument"):
+        model(ids, past_key_values=output[CACHE_FIELD], cache=output[CACHE_FIELD])
+    whole = main_output(output)
+    for argument in ("past_key_values", "cache"):
+        cache = DynamicCache(config=model.config)
+        assert model(ids[:, :60], **{argument: cache})[CACHE_FIELD] is cache
+        rest = main_output(model(ids[:, 60:], **{argument: cache}))
+        assert cache.get_seq_length() == 70
+        assert error(rest, whole if name == "ForSequenceClassification" else whole[:, 60:]) < TOLERANCE
 
 
 def test_the_first_state_is_the_normalized_embedding_and_the_last_the_final_one() -> None:

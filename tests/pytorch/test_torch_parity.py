@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 import transformers
 from torch_models import (
     LENGTHS,
+    NAMES,
     PADDED,
     SIDES,
     TOLERANCE,
     error,
     gradients,
+    main_output,
     needs_compiler,
     ours,
     padded_batch,
@@ -21,7 +24,7 @@ from torch_models import (
     random_ids,
     worst,
 )
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 BIASES = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -78,15 +81,35 @@ def test_every_variant_of_the_architecture_equals_upstream(variant: str, length:
     assert worst(gradients(mine, a.loss), gradients(theirs, b.loss)) < TOLERANCE
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_cached_chunks_equal_upstream_without_a_cache(attention: str, side: str) -> None:
-    mine, theirs = pair(attention=attention)
-    batch = padded_batch(300, side)
-    cache = DynamicCache(config=mine.config)
+CHUNKS = {65: (40, 1, 24), 130: (70, 1, 59), 300: (100, 1, 1, 63, 1, 134)}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # a warning of the library's about running uncompiled
+@pytest.mark.parametrize(
+    ("attention", "kind", "total", "side"),
+    [
+        *product(("eager", "sdpa"), ("windowed",), (65, 130, 300), SIDES),
+        *product(("eager", "sdpa"), ("unwindowed", "static"), (130,), SIDES),
+        *product(("eager", "sdpa"), ("static",), (300,), ("left",)),
+        *product(("flex_attention",), ("windowed", "static"), (65,), SIDES),
+    ],
+)
+def test_cached_chunks_equal_upstream_without_a_cache(
+    attention: str, kind: str, total: int, side: str
+) -> None:
+    _, theirs = pair(attention="sdpa" if attention == "flex_attention" else attention)
+    mine = ours(attention=attention)
+    batch = padded_batch(total, side)
+    caches = {
+        "windowed": lambda: DynamicCache(config=mine.config),
+        "unwindowed": DynamicCache,
+        "static": lambda: StaticCache(config=mine.config, max_cache_len=total + 20),
+    }
+    cache = caches[kind]()
     chunks, start = [], 0
-    with torch.no_grad():
-        for length in (100, 1, 1, 63, 1, 134):
+    # FlexAttention would be compiled anew for every chunk.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for length in CHUNKS[total]:
             stop = start + length
             output = mine(
                 batch["input_ids"][:, start:stop],
@@ -123,16 +146,28 @@ def test_gradients_through_a_cache_continued_in_chunks_equal_upstream(attention:
         assert worst(continued, gradients(theirs, loss(theirs, (70, 1, 20, 39)))) < TOLERANCE
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["Model", "ForSequenceClassification"])
+def test_states_and_weights_of_every_layer_equal_upstream(
+    name: str, attention: str, length: int, side: str
+) -> None:
+    mine, theirs = pair(name, attention=attention)
+    batch = padded_batch(length, side)
+    del batch["labels"]
+    options = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    a, b = mine(**batch, **options), theirs(**batch, **options)
+    assert error(main_output(a), main_output(b)) < TOLERANCE
+    for field, count in (("hidden_states", 5), ("attentions", 4 * (attention == "eager"))):
+        of_mine, of_theirs = a.get(field) or (), b.get(field) or ()
+        assert len(of_mine) == count
+        assert all(error(x, y) < TOLERANCE for x, y in zip(of_mine, of_theirs, strict=True))
+
+
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_bare_model_equals_upstream(attention: str, side: str) -> None:
-    mine, theirs = pair("Model", attention=attention)
-    batch = padded_batch(130, side)
-    del batch["labels"]
-    assert error(mine(**batch).last_hidden_state, theirs(**batch).last_hidden_state) < TOLERANCE
-
-
-@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(
     ("problem_type", "labels"),
     [
@@ -141,8 +176,11 @@ def test_bare_model_equals_upstream(attention: str, side: str) -> None:
         ("regression", torch.tensor([[0.5, -1.0, 2.0], [0.0, 0.25, -0.5]])),
     ],
 )
-def test_classifier_equals_upstream(problem_type: str, labels: torch.Tensor, side: str) -> None:
-    mine, theirs = pair("ForSequenceClassification", num_labels=3, problem_type=problem_type)
+def test_classifier_equals_upstream(
+    problem_type: str, labels: torch.Tensor, attention: str, side: str
+) -> None:
+    changes = {"num_labels": 3, "problem_type": problem_type}
+    mine, theirs = pair("ForSequenceClassification", attention=attention, **changes)
     batch = {**padded_batch(130, side), "labels": labels}
     a, b = mine(**batch), theirs(**batch)
     assert error(a.logits, b.logits) < TOLERANCE
@@ -159,40 +197,56 @@ def test_packed_sequences_equal_upstream_without_a_cache() -> None:
     assert error(a.logits, b.logits) < TOLERANCE
 
 
-@pytest.mark.parametrize("form", ["boolean", "additive"])
-def test_a_mask_of_four_dimensions_equals_upstream(form: str) -> None:
-    mine, theirs = pair(attention="sdpa")
-    mask = (torch.rand(2, 1, 80, 80) < 0.5) | torch.eye(80, dtype=torch.bool)
-    mask = mask.tril()
-    if form == "additive":
-        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-    ids = random_ids(80)
-    assert error(mine(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits) < TOLERANCE
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_mask_per_layer_kind_equals_upstream(attention: str) -> None:
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("form", ["boolean", "additive"])
+def test_a_mask_of_four_dimensions_equals_upstream(form: str, heads: int, attention: str) -> None:
     mine, theirs = pair(attention=attention)
+    visible = (torch.rand(2, heads, 80, 80) < 0.5) | torch.eye(80, dtype=torch.bool)
+    visible = visible.tril()
+    numbers = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    ids = random_ids(80)
+    expected = theirs(ids, attention_mask=numbers).logits
+    assert (
+        error(mine(ids, attention_mask=visible if form == "boolean" else numbers).logits, expected)
+        < TOLERANCE
+    )
+    assert error(mine(ids).logits, expected) > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_per_layer_kind_equals_upstream(name: str, attention: str) -> None:
+    mine, theirs = pair(name, attention=attention)
     queries, keys = torch.arange(80)[:, None], torch.arange(80)[None, :]
     causal = (keys <= queries)[None, None]
-    masks = {"full_attention": causal, "sliding_attention": causal & (keys > queries - 64)}
-    if attention == "eager":
-        lowest = torch.finfo(torch.float32).min
-        masks = {kind: torch.where(mask, 0.0, lowest) for kind, mask in masks.items()}
+    chosen = (torch.rand(2, 1, 80, 80) < 0.5) | torch.eye(80, dtype=torch.bool)
+    masks = {"full_attention": causal & chosen, "sliding_attention": causal & (keys > queries - 10)}
+    lowest = torch.finfo(torch.float32).min
+    numbers = {kind: torch.where(mask, 0.0, lowest) for kind, mask in masks.items()}
     ids = random_ids(80)
-    expected = theirs(ids, attention_mask=masks).logits
-    assert error(mine(ids, attention_mask=masks).logits, expected) < TOLERANCE
-    assert error(mine(ids).logits, expected) < TOLERANCE
+    expected = main_output(theirs(ids, attention_mask=numbers))
+    for given in (masks, numbers):
+        assert error(main_output(mine(ids, attention_mask=given)), expected) < TOLERANCE
+    assert error(main_output(mine(ids)), expected) > 0.01
+    swapped = dict(zip(numbers, reversed(numbers.values()), strict=True))
+    assert error(main_output(mine(ids, attention_mask=swapped)), expected) > 0.01
 
 
 @needs_compiler
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    ("length", "side", "use_cache"), [(65, "left", True), (130, "none", False), (300, "right", True)]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # a warning of the library's about running uncompiled
-def test_flex_attention_equals_upstream_eager(side: str) -> None:
+def test_flex_attention_equals_upstream_eager(length: int, side: str, use_cache: bool) -> None:
     mine = ours(attention="flex_attention")
     _, theirs = pair()
-    batch = padded_batch(130, side)
+    batch = padded_batch(length, side)
     is_token = batch["attention_mask"].bool()
     with torch.no_grad():
-        a, b = mine(**batch, use_cache=False), theirs(**batch)
-    assert error(a.logits[is_token], b.logits[is_token]) < TOLERANCE
+        a = mine(**batch, use_cache=use_cache, output_hidden_states=True)
+        b = theirs(**batch, output_hidden_states=True)
+    assert (a.past_key_values is not None) == use_cache
+    for of_mine, of_theirs in zip([a.logits, *a.hidden_states], [b.logits, *b.hidden_states], strict=True):
+        assert error(of_mine[is_token], of_theirs[is_token]) < TOLERANCE

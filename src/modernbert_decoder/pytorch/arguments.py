@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from modernbert_decoder.architecture import LayerKind
 from modernbert_decoder.errors import InputError
-from modernbert_decoder.pytorch.masks import KeySpan, Mask
+from modernbert_decoder.pytorch.masks import Mask, MaskRequest, is_implied
 
 LIBRARY_OPTIONS: Final = ("num_items_in_batch", "seq_idx", "token_type_ids")
 """What trainers, collators and tokenizers of transformers pass to any model; attention needs none of it."""
@@ -39,7 +39,12 @@ _OPTIONS_OF: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor | None) -> None:
+def check_tokens(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    position_ids: Tensor | None,
+    cache_position: Tensor | None,
+) -> None:
     """Refuse anything but one of ids (B, T) and embeddings (B, T, C), and positions of another length.
 
     Raises:
@@ -56,17 +61,18 @@ def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, positio
         raise InputError(
             f"{name} has the shape {tuple(tokens.shape)}, but must be {form}, with a token at least."
         )
-    if position_ids is not None:
-        rows, length = tokens.shape[:2]
-        if (
-            position_ids.ndim != 2
-            or position_ids.shape[1] != length
-            or position_ids.shape[0] not in (1, rows)
-        ):
-            raise InputError(
-                f"position_ids has the shape {tuple(position_ids.shape)}, but must be ({rows}, {length}) or "
-                f"(1, {length}), as {name}."
-            )
+    rows, length = tokens.shape[:2]
+    if cache_position is not None and cache_position.shape != (length,):
+        raise InputError(
+            f"cache_position has the shape {tuple(cache_position.shape)}, but must be ({length},), as {name}."
+        )
+    if position_ids is not None and (
+        position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, rows)
+    ):
+        raise InputError(
+            f"position_ids has the shape {tuple(position_ids.shape)}, but must be ({rows}, {length}) or "
+            f"(1, {length}), as {name}."
+        )
 
 
 def check_labels(labels: Tensor, tokens: Tensor | None) -> None:
@@ -83,7 +89,12 @@ def check_labels(labels: Tensor, tokens: Tensor | None) -> None:
 
 
 def check_options(
-    options: Mapping[str, Any], *, implementation: str, is_positioned: bool, is_paged: bool
+    options: Mapping[str, Any],
+    *,
+    implementation: str,
+    is_positioned: bool,
+    is_masked: bool,
+    is_paged: bool,
 ) -> None:
     """Refuse names that nobody reads, and values that nobody would heed.
 
@@ -106,50 +117,50 @@ def check_options(
             "token_type_ids other than 0 have no meaning here: this model has no token types. Leave them out."
         )
     stated = [name for name in _PACKING if options.get(name) is not None]
-    if stated and not is_positioned and "flash" not in implementation:
+    is_heeded = is_positioned or "flash" in implementation
+    if stated and not is_paged and (is_masked or not is_heeded):
         raise InputError(
             f"{stated[0]} is for FlashAttention; {implementation!r} separates packed sequences by "
             "position_ids. Pass position_ids that start anew in each sequence, and no attention_mask."
         )
 
 
-def check_padding(
-    attention_mask: Tensor,
-    *,
-    batch_size: int,
-    past: int | Tensor,
-    num_queries: int,
-    spans: Iterable[KeySpan],
-) -> None:
-    """Refuse a 2-D mask unless it has B rows and a column for every cached and every new token.
+def checked_padding(attention_mask: Tensor, request: MaskRequest) -> Tensor | None:
+    """A 2-D mask as booleans, True where a slot holds a token; None if all do.
 
-    Only where the cache's buffer is longer than what it holds, more columns are allowed: as many as the
-    buffer has.
+    It must have B rows and a column for every cached and every new token. Only where the cache's buffer is
+    longer than what it holds, more columns are allowed: as many as the buffer has.
 
     Raises:
-        InputError: a `ValueError` that says how many rows or columns there are and should be.
+        InputError: a `ValueError` that says how many dimensions, rows or columns there are and should be.
     """
+    if attention_mask.ndim != 2:
+        raise InputError(f"attention_mask has {attention_mask.ndim} dimensions, but must have 2 or 4.")
     rows, columns = attention_mask.shape
-    if rows != batch_size:
-        raise InputError(f"attention_mask has {rows} rows, but the batch has {batch_size}.")
-    if isinstance(past, Tensor):
-        return
-    longest = max([past + num_queries, *(span.first + span.length for span in spans)])
-    if not past + num_queries <= columns <= longest:
+    if rows != request.batch_size:
+        raise InputError(f"attention_mask has {rows} rows, but the batch has {request.batch_size}.")
+    past, num_queries = request.past, request.num_queries
+    if not isinstance(past, Tensor) and not past + num_queries <= columns <= request.num_slots():
         raise InputError(
             f"attention_mask has {columns} columns, but {past} cached and {num_queries} new tokens need one "
             "each. Keep the mask of the earlier tokens and append that of the new ones."
         )
+    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+        return None
+    return attention_mask.to(device=request.device, dtype=torch.bool)
 
 
 def given_masks(
     attention_mask: Tensor | Mapping[str, Any],
     layer_kinds: Iterable[LayerKind],
+    request: MaskRequest,
     *,
     implementation: str,
-    batch_size: int,
+    num_heads: int,
 ) -> dict[LayerKind, Mask]:
     """Masks that the caller made: one (B or 1, H or 1, T, S) for every layer, or one per layer kind.
+
+    S is a column for every slot, or for those alone that a layer of this kind attends to.
 
     Raises:
         InputError: a `ValueError`: a kind has none, or one in a form that would mean something else.
@@ -163,36 +174,84 @@ def given_masks(
         else:
             stated = ", ".join(map(str, attention_mask)) or "nothing"
             raise InputError(f"attention_mask states {stated}, but this model needs {kind.value} as well.")
-        if mask is None and implementation in ("eager", "flex_attention"):
+        if mask is None and not _means_causal(request, kind, implementation):
             raise InputError(
                 f"attention_mask[{kind.value!r}] is None, with which {implementation!r} would see later "
-                "tokens. Pass a causal mask, or no attention_mask at all."
+                "tokens, or none before the new ones, or more than the window. Pass a causal mask, or no "
+                "attention_mask at all."
             )
-        masks[kind] = _meaningful(mask, implementation, batch_size) if isinstance(mask, Tensor) else mask
+        masks[kind] = mask
+        if isinstance(mask, Tensor):
+            mask = _of_known_form(mask, kind, request, implementation=implementation, num_heads=num_heads)
+            is_flex = implementation == "flex_attention"
+            masks[kind] = _block_mask(mask[:, 0].expand(request.batch_size, -1, -1)) if is_flex else mask
     return masks
 
 
-def _meaningful(mask: Tensor, implementation: str, batch_size: int) -> Mask:
-    """A mask of four dimensions in the form that this implementation takes; others as they are."""
+def _means_causal(request: MaskRequest, kind: LayerKind, implementation: str) -> bool:
+    """Whether a back end without a mask sees what causality and the window say."""
+    if implementation in ("eager", "flex_attention"):
+        return False
+    return implementation != "sdpa" or torch.compiler.is_compiling() or is_implied(request, kind)
+
+
+def _of_known_form(
+    mask: Tensor, kind: LayerKind, request: MaskRequest, *, implementation: str, num_heads: int
+) -> Tensor:
+    """A caller's mask for one layer kind, cut to the keys of that kind: (B or 1, H or 1, T, S)."""
+    if not request.spans:
+        return mask  # of a paged cache: who fills it knows what a row and a column are
+    if "flash" in implementation:
+        if mask.ndim != 2 or mask.shape[0] != request.batch_size:
+            raise InputError(
+                f"attention_mask for {kind.value} has the shape {tuple(mask.shape)}, but FlashAttention "
+                f"takes the padding alone, ({request.batch_size}, keys). Use attn_implementation='sdpa'."
+            )
+        return _cut(mask, kind, request)
     if mask.ndim != 4:
-        return mask
+        if implementation not in _OPTIONS_OF:
+            return mask  # of an attention function that somebody else registered
+        raise InputError(
+            f"attention_mask for {kind.value} has {mask.ndim} dimensions, but must have 4: (batch or 1, "
+            "heads or 1, queries, keys)."
+        )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise InputError(
             f"attention_mask of four dimensions is of type {mask.dtype}, but must be boolean (True where a "
             "key is seen) or floating point (added to the scores). Pass mask.bool() if it holds 0 and 1."
         )
-    if implementation != "flex_attention":
-        return mask
-    if mask.dtype != torch.bool or mask.shape[1] != 1:
+    if implementation == "flex_attention" and (mask.dtype != torch.bool or mask.shape[1] != 1):
         raise InputError(
             f"attention_mask is of type {mask.dtype} for {mask.shape[1]} heads, but FlexAttention takes a "
             "boolean one for all heads, (batch or 1, 1, queries, keys). Convert it, or use 'sdpa'."
         )
-    return _block_mask(mask[:, 0].expand(batch_size, -1, -1).contiguous())
+    rows, heads, queries = mask.shape[:3]
+    batch_size, num_queries = request.batch_size, request.num_queries
+    if rows not in (1, batch_size) or heads not in (1, num_heads) or queries != num_queries:
+        raise InputError(
+            f"attention_mask has the shape {tuple(mask.shape)}, but must be ({batch_size} or 1, {num_heads} "
+            f"or 1, {num_queries}, keys): PyTorch would repeat it over the others."
+        )
+    return _cut(mask, kind, request)
+
+
+def _cut(mask: Tensor, kind: LayerKind, request: MaskRequest) -> Tensor:
+    """The columns (..., S) of the keys of a layer kind, from those of all slots, or those S already."""
+    first, length = request.spans[kind]
+    columns = mask.shape[-1]
+    if columns == length:
+        return mask
+    if columns != request.num_slots():
+        raise InputError(
+            f"attention_mask for {kind.value} has {columns} columns, but there are {request.num_slots()} "
+            f"slots of keys, of which these layers attend to {length}. Pass a column for each slot."
+        )
+    return mask[..., first : first + length]
 
 
 def _block_mask(visible: Tensor) -> BlockMask:
     """Booleans (B, T, S) as FlexAttention evaluates them."""
+    visible = visible.contiguous()
 
     def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return visible[b, q, k]

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from modernbert_decoder.architecture import LayerKind
 from modernbert_decoder.pytorch.banded import banded_attention
 from modernbert_decoder.pytorch.caches import AnyCache, extended
-from modernbert_decoder.pytorch.masks import BandMask, Mask, PackedMask, additive
+from modernbert_decoder.pytorch.masks import BandMask, KeySpan, Mask, PackedMask, additive
 from modernbert_decoder.pytorch.network import Attention
 from modernbert_decoder.pytorch.products import causal_attention, is_faster
 
@@ -36,6 +36,7 @@ class BackEnd:
         cache: where keys and values of earlier tokens are, and where the new ones go.
         slots: of the new tokens (T,).
         options: further arguments of the attention function, such as those of FlashAttention.
+        spans: the keys of each layer kind, for a cache that is not paged.
     """
 
     implementation: str
@@ -43,6 +44,7 @@ class BackEnd:
     cache: AnyCache | None
     slots: Tensor
     options: Mapping[str, Any] = field(default_factory=dict)
+    spans: Mapping[LayerKind, KeySpan] = field(default_factory=dict)
     _moved: dict[tuple[LayerKind, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(
@@ -51,8 +53,15 @@ class BackEnd:
         """(B, H, T, D) three times to mixed values (B, T, C), and to weights (B, H, T, S) if eager."""
         options = dict(self.options)
         if self.cache is not None:
-            layer_idx = attention.layer_idx
-            k, v = extended(self.cache, k, v, layer_idx=layer_idx, slots=self.slots, options=options)
+            k, v = extended(
+                self.cache,
+                k,
+                v,
+                layer_idx=attention.layer_idx,
+                slots=self.slots,
+                span=self.spans.get(attention.kind),
+                options=options,
+            )
         mask = self.masks[attention.kind]
         dropout = attention.dropout if attention.training else 0.0
         if isinstance(mask, BandMask):

@@ -68,7 +68,14 @@ def seen_tokens(cache: AnyCache | None) -> int | Tensor:
 
 
 def extended(
-    cache: AnyCache, k: Tensor, v: Tensor, *, layer_idx: int, slots: Tensor, options: dict[str, Any]
+    cache: AnyCache,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layer_idx: int,
+    slots: Tensor,
+    span: KeySpan | None,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Add keys and values (B, H, T, D) to one layer, and give all that it attends to: (B, H, S, D) twice.
 
@@ -78,11 +85,16 @@ def extended(
         v: the new values.
         layer_idx: of the layer.
         slots: (T,), of the new tokens; caches of transformers 4 ask for them.
+        span: of this layer, from `key_spans`; None if the cache is paged.
         options: of the attention function of this layer; a paged cache reads and replaces some.
     """
     both: tuple[Tensor, Tensor]
     if isinstance(cache, Cache):
-        both = cache.update(k, v, layer_idx, {"cache_position": slots})
+        assert span is not None
+        k, v = cache.update(k, v, layer_idx, {"cache_position": slots})
+        # Layers with a window of 1 give every token they have seen, though they count none of them, and so do
+        # layers of some releases that remember tokens to be cropped.
+        both = (k, v) if k.shape[2] <= span.length else (k[:, :, -span.length :], v[:, :, -span.length :])
     elif _LAYERS_WRITE_PAGES:
         both = cache.update(k, v, layer_idx, kwargs=options)
     else:
@@ -92,15 +104,20 @@ def extended(
 
 
 def key_spans(
-    cache: Cache | None,
+    cache: AnyCache | None,
     layer_kinds: Iterable[LayerKind],
     *,
     num_queries: int,
     past: int | Tensor,
     device: Any,
 ) -> dict[LayerKind, KeySpan]:
-    """The key slots that each layer kind will attend to when `num_queries` tokens are added."""
+    """The key slots that each layer kind will attend to when `num_queries` tokens are added.
+
+    A paged cache has none: who fills it decides.
+    """
     spans: dict[LayerKind, KeySpan] = {}
+    if isinstance(cache, PagedAttentionCache):
+        return spans
     for layer_idx, kind in enumerate(layer_kinds):
         if kind in spans:
             continue

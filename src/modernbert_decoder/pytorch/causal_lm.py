@@ -54,7 +54,8 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load as `PreTrainedModel.from_pretrained` does.
 
-        A tied checkpoint loaded with `tie_word_embeddings=False` starts from a copy of its embedding.
+        A tied checkpoint loaded with `tie_word_embeddings=False` starts from a copy of its embedding. An
+        untied one loaded with `tie_word_embeddings=True` keeps its embedding alone.
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub id.
@@ -82,6 +83,8 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 target.copy_(source)
             info["missing_keys"] = type(missing)(key for key in missing if key != "decoder.weight")
+        elif kwargs.get("tie_word_embeddings"):
+            _tie(model)
         return (model, info) if wants_info else model
 
     def get_output_embeddings(self) -> nn.Module:
@@ -142,7 +145,7 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
             check_labels(shifted, input_ids if inputs_embeds is None else inputs_embeds)
         if skip_logits is None:
             skip_logits = self.skip_logits and self.training and shifted is not None
-        is_alone = position_ids is None and past_key_values is None and cache is None
+        is_alone = all(each is None for each in (position_ids, cache_position, past_key_values, cache))
         if skip_logits and shifted is not None and is_alone and self._returns_loss_only(use_cache, kwargs):
             packing = _packing(attention_mask, shifted)
             if packing is not None:
@@ -242,6 +245,14 @@ class ModernBertDecoderForCausalLM(  # type: ignore[no-untyped-call]
             if getattr(config, name) if chosen is None else chosen:
                 return False
         return bool(config._attn_implementation == "sdpa")
+
+
+def _tie(model: ModernBertDecoderForCausalLM) -> None:
+    """Make one matrix of two that transformers 5 leaves apart because a checkpoint holds both."""
+    source, target = model.get_input_embeddings().weight, model.decoder.weight
+    if source is not target and not (source.is_meta or target.is_meta):
+        model.tie_weights()
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
 
 
 def _is_plain(decoder: nn.Module) -> bool:

@@ -72,6 +72,15 @@ class MaskRequest:
     dtype: torch.dtype
     device: torch.device
 
+    def window_of(self, kind: LayerKind) -> int | None:
+        """How many keys a layer of this kind sees; None: all."""
+        return self.window if kind is LayerKind.SLIDING else None
+
+    def num_slots(self) -> int:
+        """Slots up to the last one that is filled now or that a layer attends to, empty ones included."""
+        ends = [span.first + span.length for span in self.spans.values()]
+        return max(ends if isinstance(self.past, Tensor) else [self.past + self.num_queries, *ends])
+
 
 def build_masks(request: MaskRequest, implementation: str) -> dict[LayerKind, Mask]:
     """One mask per layer kind for an attention implementation by the library's name.
@@ -83,13 +92,12 @@ def build_masks(request: MaskRequest, implementation: str) -> dict[LayerKind, Ma
     """
     masks: dict[LayerKind, Mask] = {}
     for kind, span in request.spans.items():
-        window = request.window if kind is LayerKind.SLIDING else None
+        window = request.window_of(kind)
         if "flash" in implementation:
-            _check_packing_for_flash(request)
             masks[kind] = _padding_of(request, span)
         elif implementation == "flex_attention":
             masks[kind] = _block_mask(request, span, window)
-        elif implementation == "sdpa" and _is_implied(request, span, window):
+        elif implementation == "sdpa" and is_implied(request, kind):
             masks[kind] = None
         elif implementation == "sdpa" and window is not None and _is_banded(request, span):
             masks[kind] = _band(request, span)
@@ -138,12 +146,24 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(visible, zero, torch.finfo(dtype).min)
 
 
-def _check_packing_for_flash(request: MaskRequest) -> None:
-    """The library separates packed sequences for FlashAttention in a single row, without a cache."""
-    if request.starts is None or torch.compiler.is_compiling():
-        return
-    past = int(request.past)
-    if request.batch_size > 1 or past > 0:
+def check_flash(request: MaskRequest) -> None:
+    """Refuse what FlashAttention would compute as something else.
+
+    It aligns the last query with the last key, so no key may be an empty slot; the library separates packed
+    sequences for it in a single row, without cached tokens.
+
+    Raises:
+        InputError: a `ValueError`: empty slots, or packed sequences elsewhere.
+    """
+    is_tracing = torch.compiler.is_compiling()
+    is_unknown = is_tracing and isinstance(request.past, Tensor)
+    past = 0 if is_unknown else int(request.past)
+    if is_unknown or request.num_slots() > past + request.num_queries:
+        raise InputError(
+            "FlashAttention would see the empty slots of a static cache. Use a DynamicCache, or "
+            "attn_implementation='sdpa'."
+        )
+    if request.starts is not None and not is_tracing and (request.batch_size > 1 or past > 0):
         raise InputError(
             "FlashAttention separates packed sequences in one row without cached tokens, but there are "
             f"{request.batch_size} rows and {past} cached tokens. Pass all sequences in one row and no "
@@ -151,10 +171,17 @@ def _check_packing_for_flash(request: MaskRequest) -> None:
         )
 
 
-def _is_implied(request: MaskRequest, span: KeySpan, window: int | None) -> bool:
+def sequence_positions(request: MaskRequest) -> Tensor:
+    """The position of each query in its own sequence (B or 1, T), by which FlashAttention separates them."""
+    slots = torch.arange(request.num_queries, device=request.device) + request.past
+    return slots[None] if request.starts is None else slots - request.starts.clamp(min=0)
+
+
+def is_implied(request: MaskRequest, kind: LayerKind) -> bool:
     """Whether `scaled_dot_product_attention` needs no mask: one query that sees every key, or plain causality
     from slot 0.
     """
+    span, window = request.spans[kind], request.window_of(kind)
     if request.padding is not None or request.starts is not None or torch.compiler.is_exporting():
         return False
     if isinstance(request.past, Tensor):

@@ -10,7 +10,8 @@ Shapes: B batch, T query tokens, S key tokens, H heads, C model width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, TypeAlias
+from dataclasses import replace
+from typing import Any, Final, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ from modernbert_decoder.pytorch import network
 from modernbert_decoder.pytorch.arguments import (
     LIBRARY_OPTIONS,
     check_options,
-    check_padding,
     check_tokens,
+    checked_padding,
     given_masks,
 )
 from modernbert_decoder.pytorch.attention import BackEnd
@@ -39,11 +40,19 @@ from modernbert_decoder.pytorch.caches import (
     seen_tokens,
 )
 from modernbert_decoder.pytorch.configuration import ModernBertDecoderConfig
-from modernbert_decoder.pytorch.masks import Mask, MaskRequest, build_masks, sequence_starts
+from modernbert_decoder.pytorch.masks import (
+    Mask,
+    MaskRequest,
+    build_masks,
+    check_flash,
+    sequence_positions,
+    sequence_starts,
+)
 
 AttentionMask: TypeAlias = Tensor | Mapping[str, Any] | None
 """(B, past + T), 1 where there is a token; or (B or 1, H or 1, T, S), used as it is in every layer; or one of
-these masks per layer kind, as `generate` prepares them for static caches."""
+the latter per layer kind, as `generate` prepares them for static caches. S counts every slot of the cache and
+the new tokens: layers whose cache has dropped some take the columns of the others."""
 
 _LOGGER: Final = logging.get_logger(__name__)
 
@@ -86,6 +95,9 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
             architecture.hidden_size, eps=architecture.norm_eps, bias=architecture.norm_bias
         )
         self.rotary_emb = network.RotaryEmbedding(architecture)
+        for layer in self.layers:
+            assert isinstance(layer, network.Layer)
+            layer.attn.config = self.config  # the library's FlashAttention looks for it there
         self.gradient_checkpointing = False
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -138,7 +150,7 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
         Raises:
             InputError: a `ValueError`: arguments that do not fit together.
         """
-        check_tokens(input_ids, inputs_embeds, position_ids)
+        check_tokens(input_ids, inputs_embeds, position_ids, cache_position)
         implementation = self.config._attn_implementation
         output_attentions = self._choice(output_attentions, "output_attentions")
         output_hidden_states = self._choice(output_hidden_states, "output_hidden_states")
@@ -148,11 +160,13 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
                 "implementations never hold the weights."
             )
         chosen = chosen_cache(past_key_values, cache)
+        is_paged = isinstance(chosen, PagedAttentionCache)
         check_options(
             kwargs,
             implementation=implementation,
             is_positioned=position_ids is not None,
-            is_paged=isinstance(chosen, PagedAttentionCache),
+            is_masked=attention_mask is not None,
+            is_paged=is_paged,
         )
         cache = self._cache_for(chosen, use_cache)
         x = self.embeddings(input_ids, inputs_embeds)
@@ -161,7 +175,11 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
         is_packable = position_ids is not None and attention_mask is None
         if position_ids is None:
             position_ids = (slots if cache_position is None else cache_position)[None]
-        masks = self._masks(x, attention_mask, position_ids if is_packable else None, cache, past)
+        request = self._request(x, attention_mask, position_ids if is_packable else None, cache, past)
+        masks = self._masks(request, attention_mask, cache)
+        # FlashAttention reads positions to separate sequences, also where a mask says that there is only one.
+        is_flash = "flash" in implementation and not is_paged
+        told = sequence_positions(request) if is_flash else position_ids
         for name in LIBRARY_OPTIONS:
             kwargs.pop(name, None)
         back_end = BackEnd(
@@ -169,7 +187,8 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
             masks=masks,
             cache=cache,
             slots=slots,
-            options={"position_ids": position_ids.expand(x.shape[0], -1), **kwargs},
+            spans=request.spans,
+            options={"position_ids": told.expand(x.shape[0], -1), **kwargs},
         )
         states: list[Tensor] | None = [] if output_hidden_states else None
         weights: list[Tensor] | None = [] if output_attentions else None
@@ -225,56 +244,62 @@ class ModernBertDecoderModel(ModernBertDecoderPreTrainedModel):  # type: ignore[
             use_cache = self.config.use_cache and not self.training
         return new_cache(self.config) if use_cache and cache is None else cache
 
-    def _masks(
+    def _request(
         self,
         x: Tensor,
         attention_mask: AttentionMask,
         position_ids: Tensor | None,
         cache: AnyCache | None,
         past: int | Tensor,
-    ) -> dict[LayerKind, Mask]:
-        """One mask per layer kind; `position_ids` are those that may separate packed sequences."""
-        kinds = self.rotary_emb.parameters_of
-        implementation, batch_size, num_queries = self.config._attn_implementation, *x.shape[:2]
-        if isinstance(attention_mask, Mapping) or (attention_mask is not None and attention_mask.ndim == 4):
-            return given_masks(attention_mask, kinds, implementation=implementation, batch_size=batch_size)
-        if isinstance(cache, PagedAttentionCache):
-            return dict.fromkeys(kinds)  # FlashAttention: lengths among the options separate the requests
-        spans = key_spans(
-            cache, self.architecture.layer_kinds, num_queries=num_queries, past=past, device=x.device
-        )
-        padding = starts = None
-        is_tracing = torch.compiler.is_compiling()
-        if attention_mask is not None:
-            if attention_mask.ndim != 2:
-                dimensions = attention_mask.ndim
-                raise InputError(f"attention_mask has {dimensions} dimensions, but must have 2 or 4.")
-            check_padding(
-                attention_mask,
-                batch_size=batch_size,
-                past=past,
-                num_queries=num_queries,
-                spans=spans.values(),
-            )
-            if is_tracing or not bool(attention_mask.all()):
-                padding = attention_mask.to(device=x.device, dtype=torch.bool)
-        elif position_ids is not None:
-            starts = sequence_starts(position_ids.to(x.device), past)
-            if not is_tracing and not bool((starts > 0).any()):
-                starts = None
+    ) -> MaskRequest:
+        """What decides which keys are seen; `position_ids` are those that may separate packed sequences."""
+        batch_size, num_queries, device = *x.shape[:2], x.device
+        kinds = self.architecture.layer_kinds
         request = MaskRequest(
             batch_size=batch_size,
             num_queries=num_queries,
             past=past,
-            spans=spans,
+            spans=key_spans(cache, kinds, num_queries=num_queries, past=past, device=device),
             window=self.architecture.window,
-            padding=padding,
-            starts=starts,
+            padding=None,
+            starts=None,
             dtype=x.dtype,
-            device=x.device,
+            device=device,
         )
+        if _is_made(attention_mask) or isinstance(cache, PagedAttentionCache):
+            return request
+        if isinstance(attention_mask, Tensor):
+            return replace(request, padding=checked_padding(attention_mask, request))
+        if position_ids is not None:
+            starts = sequence_starts(position_ids.to(device), past)
+            if torch.compiler.is_compiling() or bool((starts > 0).any()):
+                return replace(request, starts=starts)
+        return request
+
+    def _masks(
+        self, request: MaskRequest, attention_mask: AttentionMask, cache: AnyCache | None
+    ) -> dict[LayerKind, Mask]:
+        """One mask per layer kind."""
+        kinds, implementation = self.rotary_emb.parameters_of, self.config._attn_implementation
+        is_paged = isinstance(cache, PagedAttentionCache)
+        if "flash" in implementation and not is_paged:
+            check_flash(request)
+        if _is_made(attention_mask):
+            num_heads = self.architecture.num_attention_heads
+            return given_masks(
+                attention_mask, kinds, request, implementation=implementation, num_heads=num_heads
+            )
+        if is_paged:
+            return dict.fromkeys(kinds)  # FlashAttention: lengths among the options separate the requests
         return build_masks(request, implementation)
 
     def _choice(self, argument: bool | None, name: str) -> bool:
         """An argument of `forward`, or what the configuration says where it is None."""
         return bool(getattr(self.config, name) if argument is None else argument)
+
+
+def _is_made(attention_mask: AttentionMask) -> TypeGuard[Tensor | Mapping[str, Any]]:
+    """Whether a mask says which query sees which key, not just where padding is."""
+    if isinstance(attention_mask, Tensor):
+        return attention_mask.ndim == 4
+    return attention_mask is not None

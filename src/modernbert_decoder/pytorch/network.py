@@ -84,6 +84,7 @@ class Attention(nn.Module):
         self.head_dim = a.head_dim
         self.scaling = a.head_dim**-0.5
         self.is_causal = True  # back ends look for it here
+        self.config: object = None  # and some for the configuration of the library; the model sets it
         self.dropout = a.attention_dropout
         self.q_proj = _linear(a.hidden_size, a.hidden_size, bias=a.attention_bias, std=a.initializer_range)
         self.k_proj = _linear(a.hidden_size, a.hidden_size, bias=a.attention_bias, std=a.initializer_range)
