@@ -2,6 +2,7 @@
 # An environment is rebuilt when the file that lists its packages changes, and left alone otherwise.
 
 PYTHON ?= python3
+WORKERS ?= 2
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
 # `override`: these folders are emptied when an environment is rebuilt, so no `make DEV=...` may point them
@@ -10,12 +11,13 @@ override BASE := build/env/base
 override DEV := build/env/dev
 override BENCH := build/env/bench
 override LOWEST := build/env/lowest
+override LLAMA_CPP := build/llama.cpp
 # Other releases of transformers than the development environment's, each pinned in requirements/transformers-*.txt.
 TRANSFORMERS := 4.57 5.16
 SOURCES := $(shell find src -type f -not -name '*.pyc')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-transformers lint format bench bench-pytorch bench-training wheel lowest hooks clean base-environment
+.PHONY: help demo test test-transformers lint format bench bench-pytorch bench-training llama-server wheel lowest hooks clean base-environment
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,8 +25,9 @@ help:  ## this list
 demo: $(BASE)/.package  ## generate text from the bundled model, without PyTorch
 	$(BASE)/bin/mbd generate --model storyteller --max-tokens 120 --seed 1 "Once upon a time"
 
+# A file is one worker's: its fixtures are made once. Processes that tests start share the processors, too.
 test: $(DEV)/.package  ## every test (PYTEST_ARGS="-k tokenizer" for some)
-	$(DEV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(DEV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-transformers: $(TRANSFORMERS:%=test-transformers-%)  ## the tests of the PyTorch classes with older releases of transformers
 
@@ -56,6 +59,18 @@ wheel: $(DEV)/.package  ## build/dist/*.whl
 
 lowest: $(LOWEST)/.package  ## generate text with the oldest dependencies that pyproject.toml allows
 	$(LOWEST)/bin/mbd generate --model storyteller --max-tokens 20 --seed 1 "Once upon a time"
+
+llama-server: $(LLAMA_CPP)/bin/llama-server  ## llama.cpp's server, a peer of `python -m benchmarks.serving` (needs cmake, a C++ compiler)
+
+# From the sources that llama-cpp-python's own source package vendors.
+$(LLAMA_CPP)/bin/llama-server: $(BENCH)/.requirements
+	rm -rf $(LLAMA_CPP) && mkdir -p $(LLAMA_CPP)/source
+	$(BENCH)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA_CPP) \
+	  "llama-cpp-python==$$($(BENCH)/bin/python -c 'from importlib.metadata import version as v; print(v("llama-cpp-python"))')"
+	tar -xzf $(LLAMA_CPP)/llama_cpp_python-*.tar.gz --strip-components 1 -C $(LLAMA_CPP)/source
+	cmake -S $(LLAMA_CPP)/source/vendor/llama.cpp -B $(LLAMA_CPP) -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \
+	  -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_MTMD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	cmake --build $(LLAMA_CPP) --target llama-server --parallel
 
 hooks: $(DEV)/.package  ## install the pre-commit hooks into this clone
 	$(DEV)/bin/pre-commit install

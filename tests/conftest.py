@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,30 @@ def report_parity(request: pytest.FixtureRequest) -> Callable[[int, int, float],
         request.config.stash.setdefault(_PARITY, []).append((num_steps, num_ties, error))
 
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its comparisons to the process that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["parity"] = session.config.stash.get(_PARITY, [])
+
+
+class _FromWorkers:
+    """What workers hand over."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """One of them has ended; one that was killed has handed over nothing."""
+        found = getattr(node, "workeroutput", {}).get("parity", [])
+        self._config.stash.setdefault(_PARITY, []).extend(tuple(each) for each in found)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Listens to workers, if there are any."""
+    config.pluginmanager.register(_FromWorkers(config))
 
 
 def pytest_terminal_summary(

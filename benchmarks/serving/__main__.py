@@ -1,7 +1,8 @@
 """`python -m benchmarks.serving`: our server against llama.cpp's and transformers' under 1, 8 and 32 clients.
 
 A full run writes benchmarks/results/<date>-<cpu>-serving.json and docs/serving-benchmarks.md; `--quick` and
-partial ones write JSON and print the page. llama-server is found by the variable MBD_LLAMA_SERVER.
+partial ones write JSON and print the page, which says what they lack. llama-server is the one that
+`make llama-server` builds, or that the variable MBD_LLAMA_SERVER names.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import asyncio
 import datetime
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +21,19 @@ from benchmarks.machine import describe_machine, harness_versions
 from benchmarks.peers import Absent
 from benchmarks.publishing import Publication
 from benchmarks.serving.load import LoadResult, Workload, run_load
-from benchmarks.serving.report import FORMAT, Group, Line, ServingResults, page
+from benchmarks.serving.report import (
+    CLIENTS,
+    FORMAT,
+    FULL_ROUNDS,
+    FULL_SECONDS,
+    SIZES,
+    Group,
+    Line,
+    ServingResults,
+    is_complete,
+    page,
+)
 from benchmarks.serving.servers import (
-    LLAMA_VARIABLE,
     RunningServer,
     Setup,
     llama,
@@ -31,11 +43,10 @@ from benchmarks.serving.servers import (
 from benchmarks.session import report
 from modernbert_decoder.machine import usable_threads
 
-SIZES = ("17m", "150m")
-CLIENTS = (1, 8, 32)
 _PAIRS = (("int8", "Q8_0"), ("int4", "Q4_0"))
 _PREFIX_WORDS = 600
 _WARM_UP_SECONDS = 2.0
+_QUICK_ROUNDS, _QUICK_SECONDS = 1, 5.0
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,14 +56,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of one measurement")
+    parser.add_argument("--rounds", type=int, default=FULL_ROUNDS)
+    parser.add_argument("--seconds", type=float, default=FULL_SECONDS, help="of one measurement")
     parser.add_argument("--threads", type=int, default=usable_threads())
     parser.add_argument("--quick", action="store_true", help="17m, 1 round of 5 seconds: does it work")
     parser.add_argument(
         "--render", type=Path, metavar="JSON", help="publish these results, measuring nothing"
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--partial", action="store_true", help="with --render: though they are not whole")
+    options = parser.parse_args(arguments)
+    if options.partial and not options.render:
+        parser.error("--partial goes with --render")
+    if options.quick:
+        options.sizes, options.rounds, options.seconds = ["17m"], _QUICK_ROUNDS, _QUICK_SECONDS
+    return options
 
 
 def groups(options: argparse.Namespace, absent: list[Absent]) -> list[Group]:
@@ -96,8 +113,7 @@ def groups(options: argparse.Namespace, absent: list[Absent]) -> list[Group]:
 
 def measure(group: Group, options: argparse.Namespace, absent: list[Absent]) -> list[Line]:
     """All setups of a group, round by round: A B A B."""
-    rounds = 1 if options.quick else options.rounds
-    seconds = 5.0 if options.quick else options.seconds
+    rounds, seconds = options.rounds, options.seconds
     lines: list[Line] = []
     with ExitStack() as stack:
         running: list[RunningServer] = []
@@ -123,12 +139,18 @@ def measure(group: Group, options: argparse.Namespace, absent: list[Absent]) -> 
                 kept.append((share or 0.0, results))
                 rates = ", ".join(f"{each.tokens_per_second:.0f} tok/s" for each in results)
                 report(f"{group.name}, {clients} clients, round {len(kept)}: {rates}")
-            kept = sorted(kept, key=lambda item: item[0])[:rounds]
+            chosen = quietest(kept, rounds)
             for i, each in enumerate(running):
-                of_server = [results[i] for _, results in kept]
-                of_first = [results[0] for _, results in kept]
+                of_server = [results[i] for results in chosen]
+                of_first = [results[0] for results in chosen]
                 lines.append(Line.of(group.name, each.setup, clients, of_server, of_first, is_first=i == 0))
     return lines
+
+
+def quietest(measured: Sequence[tuple[float, list[LoadResult]]], count: int) -> list[list[LoadResult]]:
+    """Of rounds with the share that other programs took, so many with the least, in their own order."""
+    places = sorted(range(len(measured)), key=lambda place: measured[place][0])[:count]
+    return [measured[place][1] for place in sorted(places)]
 
 
 def _load(server: RunningServer, group: Group, *, clients: int, seconds: float, salt: str) -> LoadResult:
@@ -146,12 +168,10 @@ def _load(server: RunningServer, group: Group, *, clients: int, seconds: float, 
 
 def run(options: argparse.Namespace) -> ServingResults:
     """Measure what the command line asks for."""
-    if options.quick:
-        options.sizes = ["17m"]
     absent: list[Absent] = []
     lines = [line for group in groups(options, absent) for line in measure(group, options, absent)]
     for each in absent:
-        report(f"{each}; llama-server is named in {LLAMA_VARIABLE}")
+        report(str(each))
     return ServingResults(
         format=FORMAT,
         date=datetime.date.today().isoformat(),
@@ -159,15 +179,11 @@ def run(options: argparse.Namespace) -> ServingResults:
         threads=options.threads,
         versions=harness_versions(),
         is_quick=options.quick,
+        rounds=options.rounds,
+        seconds=options.seconds,
         absent=absent,
         lines=lines,
     )
-
-
-def is_complete(results: ServingResults) -> bool:
-    """Whether every size was loaded by every number of clients, at full length."""
-    measured = {(line.size, line.clients) for line in results.lines}
-    return not results.is_quick and measured >= {(size, clients) for size in SIZES for clients in CLIENTS}
 
 
 PUBLICATION = Publication(ServingResults, FORMAT, "serving", "serving-benchmarks.md", page, is_complete)
@@ -176,7 +192,10 @@ PUBLICATION = Publication(ServingResults, FORMAT, "serving", "serving-benchmarks
 def main(arguments: list[str] | None = None) -> int:
     """Measure or render."""
     options = parse(arguments)
-    return PUBLICATION.render(options.render) if options.render else PUBLICATION.store(run(options))
+    if not options.render:
+        return PUBLICATION.store(run(options))
+    rendered = replace(PUBLICATION, is_complete=lambda _: True) if options.partial else PUBLICATION
+    return rendered.render(options.render)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page of a run under load, made from its results alone."""
+"""The page of a run under load, made from its results alone, and whether they are all that is wanted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from benchmarks.serving.servers import LLAMA, OURS, Setup
 from benchmarks.summary import Spread
 from benchmarks.tables import number, setting, spread_text, table
 
-FORMAT = 1
+FORMAT = 2
+SIZES = ("17m", "150m")
+CLIENTS = (1, 8, 32)
+# Of a run that may be published as a whole: measurements of each server, and how long each of them is.
+FULL_ROUNDS, FULL_SECONDS = 3, 20.0
 # At this many clients, at least this many times the tokens per second of llama-server.
 TARGET_CLIENTS, TARGET_RATIO = 8, 2.0
 _SETTING = (
@@ -44,7 +48,8 @@ class Line:
     Attributes:
         ratio: the first server's tokens per second over this one's, within each round; None for the first.
         errors: requests that failed.
-        rss_growth: resident bytes at the end over those at the beginning of the measurement, the largest.
+        rss_growth: resident bytes at the end of the last round over those at its beginning, so that what the
+            first ones made the server keep does not count; None if they were not watched.
     """
 
     group: str
@@ -61,7 +66,7 @@ class Line:
     between_p95: Spread
     requests: int
     errors: int
-    rss_growth: float
+    rss_growth: float | None
 
     @classmethod
     def of(
@@ -74,7 +79,8 @@ class Line:
         *,
         is_first: bool,
     ) -> Line:
-        """Of all rounds."""
+        """Of all rounds, in the order in which they were measured."""
+        rss = results[-1].rss
         ratios = [
             first.tokens_per_second / each.tokens_per_second
             for first, each in zip(of_first, results, strict=True)
@@ -95,28 +101,64 @@ class Line:
             between_p95=Spread.of(each.between[1] for each in results),
             requests=sum(each.requests for each in results),
             errors=sum(sum(each.errors.values()) for each in results),
-            rss_growth=max(
-                (each.rss[-1] / each.rss[0] for each in results if len(each.rss) > 1), default=1.0
-            ),
+            rss_growth=rss[-1] / rss[0] if len(rss) > 1 and rss[0] else None,
         )
 
 
 @dataclass(frozen=True)
 class ServingResults(Setting):
-    """One run."""
+    """One run.
+
+    Attributes:
+        rounds: measurements of each server under each number of clients.
+        seconds: that each of them took.
+    """
 
     is_quick: bool
+    rounds: int
+    seconds: float
     absent: list[Absent]
     lines: list[Line]
 
 
+def missing(results: ServingResults) -> list[str]:
+    """What a run lacks of a whole one, in words; nothing if it is one."""
+    found: list[str] = []
+    for server in (OURS, LLAMA):
+        measured = {(line.size, line.clients) for line in results.lines if line.server == server}
+        absent = [
+            f"{size} with {clients} client{'s' if clients > 1 else ''}"
+            for size in SIZES
+            for clients in CLIENTS
+            if (size, clients) not in measured
+        ]
+        if absent:
+            found.append(f"{server} at {', '.join(absent)}")
+    if results.rounds < FULL_ROUNDS:
+        found.append(f"{FULL_ROUNDS} rounds ({results.rounds} were measured)")
+    if results.seconds < FULL_SECONDS:
+        found.append(f"{FULL_SECONDS:g} seconds for each ({results.seconds:g} were taken)")
+    return found
+
+
+def is_complete(results: ServingResults) -> bool:
+    """Whether both servers were loaded at every size by every number of clients, at full length."""
+    return not results.is_quick and not missing(results)
+
+
 def page(results: ServingResults) -> str:
     """docs/serving-benchmarks.md."""
+    lacking = missing(results)
     parts = [
         "# Serving under load",
         "Written by `python -m benchmarks.serving` from one run.",
         setting(results),
-        _SETTING,
+        f"{_SETTING} Each row is of {results.rounds} rounds of {results.seconds:g} seconds.",
+        *(
+            [f"**A partial run**, whose rows are indications. A whole one has: {'; '.join(lacking)}."]
+            if lacking
+            else []
+        ),
         "## Numbers to hold",
         _claims(results.lines),
     ]
@@ -138,14 +180,17 @@ def _claims(lines: Sequence[Line]) -> str:
             if (each.group, each.clients, each.server) == (line.group, line.clients, OURS)
         ]
         is_faster = line.ratio.median >= TARGET_RATIO
-        is_prompt = own.first_token_p50.median <= line.first_token_p50.median
+        is_prompt = (
+            own.first_token_p50.median <= line.first_token_p50.median
+            and own.first_token_p95.median <= line.first_token_p95.median
+        )
         rows.append(
             [
                 f"{line.group}, {line.clients} clients",
                 f"{TARGET_RATIO:g}x tokens/s",
                 spread_text(line.ratio),
                 "held" if is_faster else "**not held**",
-                "no worse first token",
+                "first token, p50 and p95, no worse",
                 "held" if is_prompt else "**not held**",
             ]
         )
@@ -166,7 +211,7 @@ def _table(lines: Iterable[Line]) -> str:
         "p95",
         "requests",
         "failed",
-        "memory, end / begin",
+        "memory in the last round, end / begin",
     ]
     rows = [
         [
@@ -180,7 +225,7 @@ def _table(lines: Iterable[Line]) -> str:
             number(line.between_p95.median * 1e3),
             str(line.requests),
             str(line.errors),
-            f"{line.rss_growth:.2f}",
+            "" if line.rss_growth is None else f"{line.rss_growth:.2f}",
         ]
         for line in lines
     ]

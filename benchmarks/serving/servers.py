@@ -27,6 +27,8 @@ from benchmarks.shapes import SHAPES
 
 OURS, LLAMA, TRANSFORMERS = "mbd serve", "llama-server", "transformers serve"
 LLAMA_VARIABLE = "MBD_LLAMA_SERVER"
+# Where `make llama-server` puts it.
+_BUILT_LLAMA = REPOSITORY / "build" / "llama.cpp" / "bin" / "llama-server"
 # Slots of llama-server; each gets this much context.
 LLAMA_SLOTS = 8
 _SLOT_CONTEXT = 2048
@@ -65,9 +67,12 @@ def ours(size: str, dtype: str, *, threads: int, options: Sequence[str] = (), va
 def llama(size: str, gguf_type: str, *, threads: int) -> Setup | Absent:
     """`llama-server` with parallel slots."""
     program = os.environ.get(LLAMA_VARIABLE) or shutil.which("llama-server")
+    if program is None and _BUILT_LLAMA.is_file():
+        program = str(_BUILT_LLAMA)
     if program is None:
-        hint = f"build it from llama.cpp's sources and name it in {LLAMA_VARIABLE}"
-        return Absent(LLAMA, "no such program", hint)
+        return Absent(
+            LLAMA, "no such program", f"build it with `make llama-server`, or name one in {LLAMA_VARIABLE}"
+        )
     path = ensure_server_gguf(SHAPES[size], gguf_type, CACHE)
     command = [
         *(program, "-m", str(path), "--port", "{port}", "--host", "127.0.0.1", "-np", str(LLAMA_SLOTS)),

@@ -1,9 +1,10 @@
 """`python -m benchmarks.serving.soak`: our server under everything that clients do, for minutes.
 
-Streams of 1, 8, 32 and 64 clients, each compared with the same request alone; then a flood past the queue,
-clients that vanish, slow readers and malformed bodies, all at once. At the end every slot must be free, no
-answer wrong and memory no larger than after the first phase. Prints one line per phase; exit code 1 if
-anything was not as it should be.
+Streams of 1, 8, 32 and 64 clients, each compared with the same request alone; then, beside eight such
+clients, a flood past the queue, clients that vanish, slow readers, and bodies that are cut off, malformed or
+too large. Each of these must be answered as it deserves, no text may be another than alone, at the end every
+slot must be free, and memory may not have grown since the first phase with most clients. Prints one line per
+phase; exit code 1 if anything was not as it should be.
 """
 
 from __future__ import annotations
@@ -16,17 +17,63 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 
 from benchmarks.serving.load import Workload, ask, local_address, resident_bytes
 from benchmarks.serving.servers import RunningServer, ours
 
-# Their kernels give a request the same result whatever stands beside it.
-DTYPES = ("float32", "w8a8")
+# The server is batch-invariant: in each, a request gets the same whatever stands beside it.
+DTYPES = ("float32", "int8", "int4", "w8a8")
 CLIENTS = (1, 8, 32, 64)
+_WELL_BEHAVED = 8
 _DIFFERENT_REQUESTS = 24
 _FLAT = 1.15  # of resident memory
 _QUEUE = 64
+_BURST = 3 * _QUEUE
+_TOO_LARGE = 5_000_000
+_REFUSED = "status 429"
+# How much longer a phase may take in which something has still to be seen.
+_PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Nuisance:
+    """A client that is not as clients should be, and comes again and again.
+
+    Attributes:
+        name: as the report says it.
+        data: what it sends.
+        status: that it must be answered with, at least once, and otherwise only with 429; None: it leaves
+            before there is an answer.
+        reads: how often it reads before it leaves.
+        pause: seconds between these.
+        count: how many of them there are.
+    """
+
+    name: str
+    data: bytes
+    status: int | None
+    reads: int = 1
+    pause: float = 0.0
+    count: int = 2
+
+    async def once(self, address: tuple[str, int]) -> int | None:
+        """Sends and reads; the status that came."""
+        reader, writer = await asyncio.open_connection(*address)
+        status: int | None = None
+        try:
+            writer.write(self.data)
+            for number in range(self.reads):
+                part = await reader.read(256)
+                if number == 0 and part:
+                    status = int(part.split(maxsplit=2)[1])
+                if not part:
+                    break
+                await asyncio.sleep(self.pause)
+        finally:
+            writer.transport.abort()
+        return status
 
 
 class Soak:
@@ -52,78 +99,90 @@ class Soak:
                 raise RuntimeError(f"a request alone failed: {answer.error}")
             self._expected[number] = answer.text
 
-    async def phase(self, clients: int, seconds: float) -> str:
+    async def _ask(self, number: int, who: str, *, may_be_refused: bool) -> str:
+        """One request, of which problems are noted; what came of it."""
+        answer = await ask(self._address, self._path, self._body(number))
+        if answer.error is None:
+            if answer.text != self._expected[number]:
+                self.problems[f"{who}: another text than alone"] += 1
+            return "answered"
+        if not (may_be_refused and answer.error == _REFUSED):
+            self.problems[f"{who}: {answer.error}"] += 1
+        return answer.error
+
+    async def phase(self, clients: int, seconds: float, *, may_be_refused: bool = False) -> str:
         """Streams of so many clients at a time."""
         deadline = time.perf_counter() + seconds
         before = sum(self.problems.values())
+        seen: Counter[str] = Counter()
 
-        async def client(index: int) -> int:
+        async def client(index: int) -> None:
             draw = random.Random(index)
-            count = 0
             while time.perf_counter() < deadline:
                 number = draw.randrange(_DIFFERENT_REQUESTS)
-                answer = await ask(self._address, self._path, self._body(number))
-                if answer.error is not None:
-                    self.problems[f"{clients} clients: {answer.error}"] += 1
-                elif answer.text != self._expected[number]:
-                    self.problems[f"{clients} clients: another text than alone"] += 1
-                count += 1
-            return count
+                outcome = await self._ask(number, f"{clients} clients", may_be_refused=may_be_refused)
+                seen[outcome] += 1
+                if outcome != "answered":
+                    await asyncio.sleep(0.05)
 
-        counts = await asyncio.gather(*(client(index) for index in range(clients)))
+        await asyncio.gather(*(client(index) for index in range(clients)))
         new = sum(self.problems.values()) - before
-        return f"{clients} clients: {sum(counts)} requests, {new} problems, {self.memory() / 1e6:.0f} MB"
+        told = ", ".join(f"{count} {what}" for what, count in sorted(seen.items()))
+        return f"{clients} clients: {told}, {new} problems, {self.memory() / 1e6:.0f} MB"
 
     async def trouble(self, seconds: float) -> str:
         """A flood, vanishing clients, slow readers and nonsense beside eight well-behaved clients."""
         deadline = time.perf_counter() + seconds
         seen: Counter[str] = Counter()
+        jobs: list[Awaitable[object]] = [self._flood(deadline, seen)]
+        for each in self._nuisances():
+            jobs += [self._repeat(each, deadline, seen) for _ in range(each.count)]
+        well_behaved, *_ = await asyncio.gather(
+            self.phase(_WELL_BEHAVED, seconds, may_be_refused=True), *jobs
+        )
+        wanted = [f"{each.name}: {each.status}" for each in self._nuisances()]
+        for name in (*wanted, f"flood: {_REFUSED}"):
+            if not seen[name]:
+                self.problems[f"never seen: {name}"] += 1
+        told = ", ".join(f"{name} x {count}" for name, count in sorted(seen.items()))
+        return f"trouble: {told}; beside it {well_behaved}"
 
-        async def flood() -> None:
-            while time.perf_counter() < deadline:
-                burst = [ask(self._address, self._path, self._body(i % 24)) for i in range(3 * _QUEUE)]
-                for answer in await asyncio.gather(*burst):
-                    seen[answer.error or "answered"] += 1
-                    if answer.error not in (None, "status 429"):
-                        self.problems[f"flood: {answer.error}"] += 1
-                await asyncio.sleep(0.5)
+    def _nuisances(self) -> list[Nuisance]:
+        stream = self._raw(json.dumps({**self._body(1), "max_tokens": 100}).encode())
+        return [
+            Nuisance("vanished", stream, 200, count=4),
+            Nuisance("read slowly", stream, 200, reads=200, pause=0.02, count=4),
+            Nuisance("half a body", stream[:-40], None, reads=0),
+            Nuisance("no HTTP", b"\x16\x03\x01 hello\r\n\r\n", 400),
+            Nuisance("bad JSON", self._raw(b'{"model": NaN'), 400),
+            Nuisance("too large", self._raw(b" " * _TOO_LARGE), 413, count=1),
+        ]
 
-        async def raw(data: bytes, *, reads: int, pause: float) -> None:
-            reader, writer = await asyncio.open_connection(*self._address)
-            writer.write(data)
-            for _ in range(reads):
-                if not await reader.read(256):
-                    break
-                await asyncio.sleep(pause)
-            writer.close()
+    async def _flood(self, deadline: float, seen: Counter[str]) -> None:
+        while not _is_over(deadline, has_been_seen=bool(seen[f"flood: {_REFUSED}"])):
+            numbers = [i % _DIFFERENT_REQUESTS for i in range(_BURST)]
+            burst = [self._ask(number, "flood", may_be_refused=True) for number in numbers]
+            for outcome in await asyncio.gather(*burst):
+                seen[f"flood: {outcome}"] += 1
+            await asyncio.sleep(0.5)
 
-        async def repeat(name: str, data: bytes, *, reads: int, pause: float) -> None:
-            while time.perf_counter() < deadline:
-                try:
-                    await raw(data, reads=reads, pause=pause)
-                    seen[name] += 1
-                except OSError:
-                    seen[f"{name}, cut off"] += 1
-                await asyncio.sleep(0.02)
+    async def _repeat(self, nuisance: Nuisance, deadline: float, seen: Counter[str]) -> None:
+        wanted = f"{nuisance.name}: {nuisance.status}"
+        while not _is_over(deadline, has_been_seen=nuisance.status is None or bool(seen[wanted])):
+            try:
+                status = await nuisance.once(self._address)
+            except OSError:  # a connection that is closed while more is on its way to it
+                seen[f"{nuisance.name}: cut off"] += 1
+            else:
+                seen[f"{nuisance.name}: {status}"] += 1
+                if status not in (nuisance.status, 429):
+                    self.problems[f"{nuisance.name}: {status}"] += 1
+            await asyncio.sleep(0.02)
 
-        stream = self._raw({**self._body(1), "max_tokens": 100})
-        jobs = [flood()]
-        jobs += [repeat("vanished", stream, reads=1, pause=0) for _ in range(4)]
-        jobs += [repeat("read slowly", stream, reads=200, pause=0.02) for _ in range(4)]
-        jobs += [repeat("half a body", stream[:-40], reads=0, pause=0) for _ in range(2)]
-        jobs += [repeat("nonsense", b"\x00\xff" * 200, reads=1, pause=0) for _ in range(2)]
-        jobs += [repeat("bad JSON", self._raw_bytes(b'{"model": NaN'), reads=1, pause=0) for _ in range(2)]
-        jobs += [repeat("too large", self._raw_bytes(b" " * 5_000_000), reads=1, pause=0)]
-        await asyncio.gather(*jobs)
-        return f"trouble: {dict(seen)}, {self.memory() / 1e6:.0f} MB"
-
-    def _raw(self, body: Mapping[str, object]) -> bytes:
-        return self._raw_bytes(json.dumps(body).encode())
-
-    def _raw_bytes(self, data: bytes) -> bytes:
+    def _raw(self, data: bytes) -> bytes:
         lines = (
             f"POST {self._path} HTTP/1.1",
-            "Host: x",
+            f"Host: {self._address[0]}",
             "Content-Type: application/json",
             "Connection: close",
             f"Content-Length: {len(data)}",
@@ -154,19 +213,45 @@ class Soak:
         return resident_bytes(self._process_id)
 
 
-async def soak(url: str, process_id: int, *, seconds: float) -> Counter[str]:
-    """All phases; what was not as it should be."""
+def _is_over(deadline: float, *, has_been_seen: bool) -> bool:
+    """Whether a client stops: in time, or later where nobody has seen yet what has to be seen."""
+    return time.perf_counter() >= deadline + (0 if has_been_seen else _PATIENCE_SECONDS)
+
+
+async def soak(
+    url: str,
+    process_id: int,
+    *,
+    seconds: float,
+    clients: Sequence[int] = CLIENTS,
+    has_own_process: bool = True,
+) -> Counter[str]:
+    """All phases; what was not as it should be.
+
+    Args:
+        url: of the server, whose queue holds 64 requests and whose model is called `bench`.
+        process_id: of the server.
+        seconds: of each phase.
+        clients: of the first phases; the last of them is repeated.
+        has_own_process: whether the process is the server's alone, so that its memory must not grow.
+    """
     run = Soak(url, process_id)
     await run.prepare()
-    sizes = []
-    for clients in (*CLIENTS, CLIENTS[-1]):
-        print(await run.phase(clients, seconds), flush=True)
-        sizes.append(run.memory())
-    print(await run.trouble(seconds), flush=True)
-    print(await run.phase(8, seconds / 4), flush=True)
-    print(await run.end(), flush=True)
-    if run.memory() > _FLAT * sizes[-2]:
-        run.problems[f"memory grew from {sizes[-2]} to {run.memory()} bytes"] += 1
+    for count in clients:
+        print(await run.phase(count, seconds), flush=True)
+    full = run.memory()
+    sizes: dict[str, int] = {}
+    for name, work in (
+        ("the second phase of most clients", run.phase(clients[-1], seconds)),
+        ("trouble", run.trouble(seconds)),
+        ("its aftermath", run.phase(_WELL_BEHAVED, seconds / 4)),
+        ("the end", run.end()),
+    ):
+        print(await work, flush=True)
+        sizes[name] = run.memory()
+    for name, size in sizes.items():
+        if has_own_process and size > _FLAT * full:
+            run.problems[f"memory grew from {full} to {size} bytes by {name}"] += 1
     return run.problems
 
 
@@ -176,8 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.serving.soak", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--model", default="storyteller")
-    parser.add_argument("--dtype", choices=DTYPES, default="w8a8")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each of the seven phases")
+    parser.add_argument("--dtype", choices=DTYPES, default="int8")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each of the six phases")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     setup = ours(

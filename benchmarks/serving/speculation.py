@@ -1,12 +1,15 @@
 """`python -m benchmarks.serving.speculation`: tokens per second with and without drafts.
 
 One sequence, two engines in one process, measured in turn. Cases in which drafts are right, in which they are
-wrong, and in which they are wrong and made nevertheless. Prints a table, and with `--json` the rows.
+wrong, and in which they are wrong and made nevertheless. A run of all cases writes the file
+benchmarks/results/<date>-<cpu>-speculation.json and docs/speculation-benchmarks.md; partial ones write JSON
+and print the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +18,21 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import describe_machine, harness_versions
 from benchmarks.peers import CACHE
 from benchmarks.protocol import PROMPT_ID_LIMIT
+from benchmarks.publishing import Publication
 from benchmarks.random_models import ensure_checkpoint
+from benchmarks.results import Setting
 from benchmarks.serving.pairs import Pair, add_options, measure_pair, save, use_engine_cache
 from benchmarks.session import report
+from benchmarks.tables import number, setting, spread_text, table
 from modernbert_decoder import LLM, SamplingParams
 from modernbert_decoder.engine.speculation import Speculation
 
 STORYTELLER = "storyteller"
+FORMAT = 1
+FULL_ROUNDS = 9
 _TOKENS = 256
 _PROMPT_TOKENS = 64
 _LIST = "The ship carried apples, pears and plums. The ship carried apples, pears and plums. The ship carried"
@@ -123,35 +132,89 @@ def _rate(llm: LLM, case: Case) -> Callable[[int], float]:
     return rate
 
 
-def table(rows: list[SpeculationRow]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| case | model | drafts accepted | without, tokens/s | with, tokens/s | with / without |",
-        "|---|---|--:|--:|--:|--:|",
+@dataclass(frozen=True)
+class SpeculationResults(Setting):
+    """One run."""
+
+    rows: list[SpeculationRow]
+
+
+_SETTING = (
+    f"One sequence of {_TOKENS} tokens. Storyteller is the bundled model, the others are random ones of the "
+    "released shapes, which follow nothing: sampled, their text is noise, and greedy, it soon goes round in "
+    "circles. Two engines of one process decode in turn, with and without drafts; ratios are taken within "
+    "each round, and the table has medians, in parentheses the least and the greatest."
+)
+
+
+def page(results: SpeculationResults) -> str:
+    """docs/speculation-benchmarks.md."""
+    partial = "" if is_complete(results) else "**A partial run**: its rows are indications."
+    parts = [
+        "# Speculation",
+        "Written by `python -m benchmarks.serving.speculation` from one run.",
+        setting(results),
+        _SETTING,
+        partial,
+        _table(results.rows),
     ]
-    for row in rows:
-        one, other, ratio = row.rates.first, row.rates.second, row.rates.ratio
-        lines.append(
-            f"| {row.case} | {row.model} {row.dtype} | {row.num_accepted:,} of {row.num_drafted:,} "
-            f"| {one.median:,.0f} | {other.median:,.0f} "
-            f"| {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) |"
-        )
-    return "\n".join(lines)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(rows: list[SpeculationRow]) -> str:
+    header = [
+        "case",
+        "model",
+        "rounds",
+        "drafts accepted",
+        "without, tokens/s",
+        "with, tokens/s",
+        "with / without",
+    ]
+    cells = [
+        [
+            row.case,
+            f"{row.model} {row.dtype}",
+            str(row.rates.rounds),
+            f"{row.num_accepted:,} of {row.num_drafted:,}",
+            number(row.rates.first.median),
+            number(row.rates.second.median),
+            spread_text(row.rates.ratio),
+        ]
+        for row in rows
+    ]
+    return table(header, cells)
+
+
+def is_complete(results: SpeculationResults) -> bool:
+    """Whether every case was measured, often enough."""
+    is_whole = {row.case for row in results.rows} == {case.name for case in CASES}
+    return is_whole and all(row.rates.rounds >= FULL_ROUNDS for row in results.rows)
+
+
+PUBLICATION = Publication(
+    SpeculationResults, FORMAT, "speculation", "speculation-benchmarks.md", page, is_complete
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print."""
+    """Measure or render."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.speculation")
     parser.add_argument("--cases", nargs="+", type=int, metavar="NUMBER", default=range(len(CASES)))
-    add_options(parser, rounds=9)
+    parser.add_argument(
+        "--render", type=Path, metavar="JSON", help="publish these results, measuring nothing"
+    )
+    add_options(parser, rounds=FULL_ROUNDS)
     options = parser.parse_args(arguments)
+    if options.render:
+        return PUBLICATION.render(options.render)
     use_engine_cache()
     rows = []
-    for number in options.cases:
-        report(CASES[number].name)
+    for case in map(CASES.__getitem__, options.cases):
+        report(case.name)
         rows.append(
             measure(
-                CASES[number],
+                case,
                 options.dtype,
                 threads=options.threads,
                 rounds=options.rounds,
@@ -159,8 +222,16 @@ def main(arguments: list[str] | None = None) -> int:
             )
         )
     save(rows, options.json)
-    print(table(rows))
-    return 0
+    return PUBLICATION.store(
+        SpeculationResults(
+            format=FORMAT,
+            date=datetime.date.today().isoformat(),
+            machine=describe_machine(),
+            threads=options.threads,
+            versions=harness_versions(),
+            rows=rows,
+        )
+    )
 
 
 if __name__ == "__main__":

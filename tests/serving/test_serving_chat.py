@@ -60,6 +60,39 @@ def test_a_streamed_answer_is_the_whole_one(client: openai.OpenAI) -> None:
     assert [len(token.top_logprobs) for token in streamed] == [2] * 12
 
 
+def test_an_answer_goes_back_as_a_message_as_the_client_holds_it(
+    client: openai.OpenAI, chatting: LLM
+) -> None:
+    settings: dict[str, Any] = {"model": "chat", "temperature": 0, "max_tokens": 6}
+    said = client.chat.completions.create(messages=MESSAGES, **settings).choices[0].message
+    held = said.model_dump()
+    assert set(held) > {"refusal", "tool_calls"}
+    more = [*MESSAGES, held, {"role": "user", "content": "Why?"}]
+    reply = client.chat.completions.create(messages=more, **settings)
+    written = WRITTEN + f" {said.content}\nuser: Why?\nassistant:"
+    (output,) = chatting.generate([written], SamplingParams(temperature=0, max_tokens=6))
+    assert reply.choices[0].message.content == output.outputs[0].text
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "param"),
+    [
+        (3000, {}, "messages"),
+        (3000, {"max_tokens": 4}, "messages"),
+        (10, {"max_tokens": 3000}, "max_tokens"),
+        (10, {"max_completion_tokens": 3000}, "max_completion_tokens"),
+    ],
+)
+def test_the_field_that_is_too_long_for_the_context_is_named(
+    server: RunningServer, length: int, limit: dict[str, int], param: str
+) -> None:
+    messages = [{"role": "user", "content": "☃" * length}]
+    response = server.post("/v1/chat/completions", {"model": "chat", "messages": messages, **limit})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert error["param"] == param
+
+
 def test_without_max_tokens_the_context_is_filled(client: openai.OpenAI, chatting: LLM) -> None:
     reply = client.chat.completions.create(
         model="chat", messages=MESSAGES, seed=1, extra_body={"ignore_eos": True}
@@ -85,6 +118,7 @@ def test_a_model_without_template_says_what_is_missing(client: openai.OpenAI) ->
         ({"max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens"),
         ({"max_completion_tokens": 5000}, "max_completion_tokens"),
         ({"tools": []}, "tools"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "messages"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ from servers import RunningServer, events
 from checkpoints import CLS, SEP
 from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.engine.sampling_params import SamplingParams
+from modernbert_decoder.engine.structured import StructuredOutput
 
 PROMPT = "Once upon a time"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
@@ -54,6 +56,14 @@ def test_a_stream_put_together_is_the_whole_answer(client: openai.OpenAI) -> Non
     assert chunks[-1].usage == whole.usage
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_a_stream_that_shall_not_be_obfuscated_is_one(server: RunningServer, value: bool | None) -> None:
+    options = {"include_usage": True, "include_obfuscation": value}
+    body = {"model": "tiny", "prompt": PROMPT, "stream": True, "stream_options": options, "max_tokens": 3}
+    *_, last = events(server.post("/v1/completions", body))
+    assert last["usage"]["total_tokens"] > 0
 
 
 def test_a_stream_without_include_usage_counts_nothing(server: RunningServer) -> None:
@@ -132,6 +142,57 @@ def test_sampling_parameters_reach_the_engine(client: openai.OpenAI, alone: LLM)
     assert reply.choices[0].text == expected(alone, PROMPT, **params)
     plain = client.completions.create(model="tiny", prompt=PROMPT, **settings)
     assert reply.choices[0].text != plain.choices[0].text
+
+
+FIELDS: dict[str, Any] = {
+    "n": 2,
+    "temperature": 0.5,
+    "top_k": 7,
+    "top_p": 0.5,
+    "min_p": 0.25,
+    "repetition_penalty": 1.5,
+    "presence_penalty": -0.5,
+    "frequency_penalty": 1.25,
+    "logit_bias": {"65": 5.0},
+    "stop": ["x", "yz"],
+    "stop_token_ids": [7, 8],
+    "ignore_eos": True,
+    "min_tokens": 2,
+    "max_tokens": 5,
+    "seed": 11,
+    "logprobs": 4,
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "structured_outputs": {"regex": "a+"},
+}
+OWN_FORMS: dict[str, tuple[str, Any]] = {
+    "logit_bias": ("logit_bias", {65: 5.0}),
+    "structured_outputs": ("structured", StructuredOutput(regex="a+")),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_each_sampling_parameter_reaches_the_engine_by_itself(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    engine = server.engine("tiny")
+    generate, given = engine.generate, []
+
+    async def noting(prompt: Any, params: SamplingParams, **settings: Any) -> Any:
+        given.append(params)
+        return await generate(prompt, params, **settings)
+
+    monkeypatch.setattr(engine, "generate", noting)
+    body = {"model": "tiny", "prompt": "ab", "max_tokens": 3, field: FIELDS[field]}
+    response = server.post("/v1/completions", body)
+    assert response.status_code == 200, response.text
+    name, value = OWN_FORMS.get(field, (field, FIELDS[field]))
+    assert given == [SamplingParams(**{"max_tokens": 3, name: value})]
+
+
+def test_no_sampling_parameter_is_left_out() -> None:
+    names = {OWN_FORMS.get(field, (field, None))[0] for field in FIELDS}
+    assert names == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 def test_a_negative_seed_is_a_seed_like_any_other(client: openai.OpenAI) -> None:
@@ -316,6 +377,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
     ({"temprature": 1}, "temprature"),
     ({"response_format": {"type": "xml"}}, "response_format"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -355,9 +417,37 @@ def test_openais_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="context") as too_long:
         client.completions.create(model="tiny", prompt="a" * 3000)
-    assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "max_tokens")
+    assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "prompt")
     with pytest.raises(openai.BadRequestError, match="cannot be used for completions"):
         client.completions.create(model="labels", prompt="a")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "limit", "param"),
+    [
+        (2049, {}, "prompt"),
+        (2049, {"max_tokens": 16}, "prompt"),
+        (2049, {"max_tokens": 0}, "prompt"),
+        (2048, {"max_tokens": 0, "echo": True}, None),
+        (2048, {"max_tokens": 1}, "prompt"),
+        (2047, {"max_tokens": 1}, None),
+        (2047, {"max_tokens": 2}, "max_tokens"),
+        (2040, {}, "prompt"),
+        (2040, {"max_tokens": None}, "prompt"),
+        (2040, {"max_tokens": 16}, "max_tokens"),
+        (2032, {}, None),
+    ],
+)
+def test_the_field_that_is_too_long_for_the_context_is_named(
+    server: RunningServer, num_tokens: int, limit: dict[str, Any], param: str | None
+) -> None:
+    body = {"model": "tiny", "prompt": [CLS, *[65] * (num_tokens - 1)], **limit}
+    response = server.post("/v1/completions", body)
+    assert response.status_code == (200 if param is None else 400), response.text
+    if param is not None:
+        error = response.json()["error"]
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+        assert ("max_tokens" in error["message"]) == (param == "max_tokens")
 
 
 def test_models_are_listed_with_what_they_can_do(client: openai.OpenAI) -> None:

@@ -131,6 +131,17 @@ def test_requests_that_do_not_fit_together_wait_for_each_other(narrow: RunningSe
     assert 0 < most < 6
 
 
+@pytest.mark.parametrize("size", [0, 1 << 26])
+def test_a_prompt_that_comes_again_is_found_and_answered_alike(folders: dict[str, Path], size: int) -> None:
+    source = ModelSource("tiny", str(folders["tiny"]), "float32")
+    body = {"model": "tiny", "prompt": "abc" * 100, "max_tokens": 20, "temperature": 0, "logprobs": 1}
+    with running([source], engine=EngineSettings(prefix_cache_bytes=size)) as server:
+        first, second = (server.post("/v1/completions", body).json()["choices"] for _ in range(2))
+        assert first == second
+        found = metric(server, 'mbd_prefix_hit_tokens_total{model="tiny"}')
+    assert (found > 200) is bool(size)
+
+
 # adapters
 
 

@@ -20,6 +20,8 @@ import httpx
 import openai
 import pytest
 from click.testing import CliRunner
+from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.parser import text_string_to_metric_families
 from servers import RunningServer, events, metric, running
 
 from modernbert_decoder.cli.serve import command
@@ -224,6 +226,30 @@ def test_metrics_count_requests_tokens_and_latencies(server: RunningServer) -> N
     assert metric(server, 'mbd_requests_running{model="tiny"}') == 0
 
 
+def test_prometheus_parser_reads_the_metrics_with_the_type_they_are_sent_with(server: RunningServer) -> None:
+    server.post("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 2})
+    response = server.get("/metrics")
+    assert response.headers["content-type"] == CONTENT_TYPE_LATEST
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    kinds = {
+        "mbd_requests": "counter",
+        "mbd_generated_tokens": "counter",
+        "mbd_time_to_first_token_seconds": "histogram",
+        "mbd_kv_used_bytes": "gauge",
+    }
+    assert {name: families[name].type for name in kinds} == kinds
+    assert all(family.documentation for family in families.values())
+    models = {sample.labels["model"] for sample in families["mbd_slots"].samples}
+    assert models == {"tiny", "labels", "bare", "chat", "storyteller", "exact"}
+    buckets = [
+        sample.value
+        for sample in families["mbd_time_to_first_token_seconds"].samples
+        if sample.name.endswith("_bucket") and sample.labels["model"] == "tiny"
+    ]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] >= 1
+
+
 def test_metrics_have_no_labels_that_clients_choose(server: RunningServer) -> None:
     server.get("/v1/secret-path")
     server.get("/v1/models/secret-model")
@@ -386,24 +412,78 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-def test_options_reach_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_reaches_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[ServerSettings] = []
     monkeypatch.setattr("modernbert_decoder.serving.server.run", given.append)
-    arguments = ["a=storyteller:int4", "b=storyteller", "--adapter", "c=b=folder", "--step-timeout", "7"]
-    arguments += ["--allowed-host", "one.example", "--allowed-host", "two.example", "--kv-memory", "3MB"]
-    done = CliRunner().invoke(command, [*arguments, "--draft", "lookup"], catch_exceptions=False)
+    monkeypatch.setenv("MBD_API_KEY", "environment-key")
+    keys = tmp_path / "keys"
+    keys.write_text("\n".join(KEYS))
+    options = {
+        "--adapter": ["c=b=folder"],
+        "--host": ["0.0.0.0"],
+        "--port": ["81"],
+        "--api-key-file": [str(keys)],
+        "--allowed-host": ["one.example", "two.example"],
+        "--cors-origin": [ORIGIN, "https://two.example"],
+        "--max-body": ["2MiB"],
+        "--max-waiting": ["17"],
+        "--timeout": ["11.5"],
+        "--step-timeout": ["7"],
+        "--grace": ["3"],
+        "--max-slots": ["5"],
+        "--max-context": ["99"],
+        "--kv-memory": ["3MB"],
+        "--prefix-cache": ["1kB"],
+        "--draft": ["lookup"],
+        "--threads": ["1"],
+        "--log-format": ["json"],
+    }
+    known = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+    assert known == {*options, "--no-batch-invariant"}
+    arguments = [word for name, values in options.items() for value in values for word in (name, value)]
+    arguments += ["--no-batch-invariant", "a=storyteller:int4", "b=storyteller"]
+    done = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert done.exit_code == 0
-    (settings,) = given
-    assert settings.models == parse_models(["a=storyteller:int4", "b=storyteller"], ["c=b=folder"])
-    assert settings.allowed_hosts == ("one.example", "two.example")
-    assert settings.step_timeout == 7
-    assert (settings.engine.kv_bytes, settings.engine.draft) == (3_000_000, "lookup")
+    settings = ServerSettings(
+        models=parse_models(["a=storyteller:int4", "b=storyteller"], ["c=b=folder"]),
+        host="0.0.0.0",
+        port=81,
+        api_keys=("environment-key", *KEYS),
+        allowed_hosts=("one.example", "two.example"),
+        cors_origins=(ORIGIN, "https://two.example"),
+        max_body=2 * 2**20,
+        timeout=11.5,
+        step_timeout=7.0,
+        grace=3.0,
+        log_format="json",
+        engine=EngineSettings(
+            threads=1,
+            max_slots=5,
+            max_context=99,
+            max_waiting=17,
+            kv_bytes=3_000_000,
+            prefix_cache_bytes=1000,
+            draft="lookup",
+            batch_invariant=False,
+        ),
+    )
+    assert given == [settings]
+
+
+def test_without_options_the_settings_are_their_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[ServerSettings] = []
+    monkeypatch.setattr("modernbert_decoder.serving.server.run", given.append)
+    monkeypatch.delenv("MBD_API_KEY", raising=False)
+    assert CliRunner().invoke(command, ["storyteller"], catch_exceptions=False).exit_code == 0
+    assert given == [ServerSettings(models=parse_models(["storyteller"]))]
 
 
 def test_the_help_fits_a_screen() -> None:
     shown = CliRunner().invoke(command, ["--help"], terminal_width=80)
     assert shown.exit_code == 0
-    assert len(shown.output.splitlines()) <= 60
+    lines = shown.output.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 80
 
 
 # the process
@@ -487,6 +567,42 @@ Driver.step = lambda self: threading.Event().wait()
 server._FAREWELL_SECONDS, server._CANCELLING_SECONDS = 0.5, 1.5
 server.run(ServerSettings(models=parse_models(["storyteller"]), port=0, step_timeout=0.2, grace=0.0))
 """
+
+
+# A server that cannot import either.
+WITHOUT_PYTORCH = """
+import sys
+
+sys.modules.update(torch=None, transformers=None)
+from modernbert_decoder.serving import server
+from modernbert_decoder.serving.settings import ServerSettings, parse_models
+
+server.run(ServerSettings(models=parse_models(["storyteller"]), port=0))
+"""
+
+
+def test_the_server_serves_without_pytorch() -> None:
+    process, url = start([sys.executable, "-c", WITHOUT_PYTORCH])
+    assert process.stderr is not None
+    reader, said = drained(process.stderr)
+    try:
+        until_ready(url)
+        bodies: list[tuple[str, dict[str, Any]]] = [
+            ("/v1/completions", {"prompt": "Once", "max_tokens": 3, "ignore_eos": True}),
+            ("/v1/completions", {"prompt": "Once", "structured_outputs": {"regex": "[ab]{3}"}}),
+            ("/v1/embeddings", {"input": "Once"}),
+            ("/v1/score", {"input": "Once"}),
+        ]
+        for path, body in bodies:
+            response = httpx.post(url + path, json={"model": "storyteller", **body}, timeout=60)
+            assert response.status_code == 200, response.text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, said.getvalue()
+    finally:
+        process.kill()
+        process.wait(60)
+        reader.join(60)
+        process.stderr.close()
 
 
 def test_a_step_that_never_ends_does_not_keep_the_process_from_ending() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,13 @@ def test_tokens_go_back_to_their_text(server: RunningServer) -> None:
         ("/v1/score", {"input": "a", "text_1": "b"}, "input"),
         ("/v1/score", {"text_1": "b"}, "text_2"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_2"),
+        ("/v1/score", {"text_1": "a", "text_2": ""}, "text_2"),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["the model", ""]}, "text_2"),
+        ("/v1/score", {"text_1": "a ", "text_2": ["b", ""]}, "text_2"),
+        ("/v1/score", {"text_1": "model " * 500, "text_2": ["model", "input"]}, "text_1"),
         ("/v1/score", {"input": "a", "normalization": "byte"}, "normalization"),
         ("/v1/rank", {"text": "a", "candidates": []}, "candidates"),
+        ("/v1/rank", {"text": "model " * 500, "candidates": ["model"]}, "text"),
         ("/v1/rank", {"text": "a", "candidates": ["b"], "unconditional_text": "x"}, "unconditional_text"),
         ("/v1/classify", {"input": "a"}, "model"),
         ("/detokenize", {"tokens": [320]}, "tokens"),
@@ -163,3 +169,26 @@ def test_what_cannot_be_done_is_refused_with_its_parameter(
     response = server.post(path, {"model": "tiny", **body})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("candidate", ["the model", "text", "nothing known"])
+def test_a_candidate_that_adds_nothing_is_at_fault_whatever_it_says(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, candidate: str
+) -> None:
+    tokenizer = server.engine("tiny").llm.tokenizer
+    encode = tokenizer.encode_continuations
+
+    def adding_nothing(text: str, continuations: Any) -> Any:
+        ids = encode(text, continuations)
+        return dataclasses.replace(ids, tails=[ids.own for _ in continuations])
+
+    monkeypatch.setattr(tokenizer, "encode_continuations", adding_nothing)
+    for path, body, param in (
+        ("/v1/rank", {"text": "Once", "candidates": [candidate]}, "candidates"),
+        ("/v1/score", {"text_1": "Once", "text_2": candidate}, "text_2"),
+    ):
+        response = server.post(path, {"model": "tiny", **body})
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert error["param"] == param
+        assert "adds nothing to the text's tokens" in error["message"]

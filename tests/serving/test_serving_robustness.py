@@ -19,6 +19,7 @@ from servers import (
     RunningServer,
     connect,
     events,
+    metric,
     raw_request,
     read_all,
     running,
@@ -137,6 +138,32 @@ def test_a_client_that_vanishes_mid_stream_frees_its_slot(small: tuple[RunningSe
     stats = server.until_idle("tiny")
     assert stats.num_generated_tokens - before < 1900
     assert stats.kv_bytes_reserved == 0
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_client_that_vanishes_costs_no_step_after_the_one_that_runs(
+    small: tuple[RunningServer, Gate], is_streamed: bool
+) -> None:
+    server, gate = small
+    status = 200 if is_streamed else 499
+    line = f'mbd_requests_total{{endpoint="/v1/completions",status="{status}"}}'
+    begun = server.until_idle("tiny").num_generated_tokens
+    before = metric(server, line)
+    connection = connect(server)
+    body = json.dumps({**ENDLESS, "stream": is_streamed}).encode()
+    connection.sendall(raw_request("/v1/completions", body))
+    if is_streamed:
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+    until(lambda: server.stats("tiny").num_generated_tokens > begun, server)
+    gate.is_open.clear()
+    try:
+        connection.close()
+        until(lambda: metric(server, line) == before + 1, server)
+        made = server.stats("tiny").num_generated_tokens
+    finally:
+        gate.is_open.set()
+    # One step was being made when the client left, and one may have been held.
+    assert server.until_idle("tiny").num_generated_tokens <= made + 2
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])

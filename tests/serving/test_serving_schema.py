@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis
+import pydantic
 import pytest
 import schemathesis
+from openai import types
+from openai.types import chat, completion_choice, completion_create_params, create_embedding_response
 from schemathesis.checks import CHECKS
 from schemathesis.generation import GenerationMode
 from servers import RunningServer
+
+from modernbert_decoder.serving.protocol import base, completions, reading, sampling, service
 
 # An answer of 400 to a body that fits its schema says that values do not go together, or not with the model.
 _SEMANTIC = frozenset({"positive_data_acceptance"})
@@ -89,3 +94,37 @@ def test_models_errors_and_endpoints_are_in_the_document(server: RunningServer) 
             assert "422" not in operation["responses"], path
             assert "401" not in operation["responses"], "no key is asked for"
     assert sorted(found) == sorted(OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (completion_create_params.CompletionCreateParamsStreaming, completions.CompletionRequest),
+        (types.EmbeddingCreateParams, reading.EmbeddingRequest),
+        (chat.ChatCompletionStreamOptionsParam, sampling.StreamOptions),
+    ],
+    ids=lambda kind: kind.__name__,
+)
+def test_every_field_that_openais_client_sends_is_known(theirs: Any, ours: type[pydantic.BaseModel]) -> None:
+    assert theirs.__required_keys__ | theirs.__optional_keys__ <= set(ours.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "left_out"),
+    [
+        (types.Completion, completions.CompletionReply, set()),
+        (types.CompletionChoice, completions.CompletionChoice, set()),
+        (completion_choice.Logprobs, completions.CompletionLogprobs, set()),
+        (types.CreateEmbeddingResponse, reading.EmbeddingReply, set()),
+        (types.Embedding, reading.Embedding, set()),
+        (create_embedding_response.Usage, base.Usage, set()),
+        # What they say of prompts that were cached, and of reasoning, is optional.
+        (types.CompletionUsage, base.Usage, {"completion_tokens_details", "prompt_tokens_details"}),
+        (types.Model, service.ModelCard, {"shutdown_date"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_field_that_openais_client_reads_is_there(
+    theirs: Any, ours: type[pydantic.BaseModel], left_out: set[str]
+) -> None:
+    assert set(theirs.model_fields) - left_out <= set(ours.model_fields)

@@ -22,7 +22,7 @@ _KEY_VARIABLE: Final = "MBD_API_KEY"
 _EXAMPLES: Final = (
     "\b\n"
     "mbd serve storyteller\n"
-    "mbd serve small=jhu-clsp/ettin-decoder-17m:int4 large=jhu-clsp/ettin-decoder-150m\n"
+    "mbd serve tiny=jhu-clsp/ettin-decoder-17m:int4 big=jhu-clsp/ettin-decoder-150m\n"
 )
 
 

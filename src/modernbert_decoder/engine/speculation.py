@@ -42,11 +42,12 @@ _ONLY_OF: Final = {
 class Speculation:
     """How an `LLM` guesses tokens ahead; what it generates does not depend on that, but for rounding.
 
-    A step of several tokens and steps of one token differ in the last bits of float32. There that matters
-    only where two tokens are as good as equal, or a draw falls between two. The other formats round
-    activations, and a bit may tip a rounding: logits then differ as they do with another chunk size or with
-    neighbours in a batch, and texts part sooner or later. As `adaptive` follows the clock, such a text is the
-    same in every run only without it.
+    A step of several tokens and steps of one token differ in the last bits of attention's sums, in
+    batch-invariant engines, too. In float32 that matters only where two tokens are as good as equal, or a
+    draw falls between two. The other formats round activations, and a bit may tip a rounding:
+    log-probabilities then differ by hundredths, as they do with neighbours in a batch that is not invariant,
+    and texts part at close choices. As `adaptive` follows the clock, such a text is the same in every run
+    only without it.
 
     Attributes:
         kind: "prompt_lookup" drafts what followed the last tokens where they stood before; "draft_model"

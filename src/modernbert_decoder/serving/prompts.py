@@ -55,6 +55,7 @@ async def encode_prompts(
     llm: LLM,
     *,
     max_tokens: int,
+    is_limit_given: bool,
     skip_special_tokens: bool,
     is_echoed: bool,
 ) -> list[EncodedPrompt]:
@@ -64,6 +65,7 @@ async def encode_prompts(
         prompt: as the request has it.
         llm: the model.
         max_tokens: that are to follow each.
+        is_limit_given: whether the request says how many, or it is the default.
         skip_special_tokens: from the text of token ids.
         is_echoed: whether that text is asked for.
 
@@ -73,7 +75,8 @@ async def encode_prompts(
     listed = listed_prompts(prompt or "")
     ids = await _ids_of(listed, llm)
     for each in ids:
-        check_room(each, llm, max_tokens=max_tokens, param="max_tokens")
+        limit = "max_tokens" if is_limit_given else None
+        check_room(each, llm, max_tokens=max_tokens, prompt_field="prompt", limit_field=limit)
 
     def text_of(given: str | list[int]) -> str:
         if isinstance(given, str):
@@ -134,17 +137,30 @@ def check_token_ids(ids: Sequence[int], llm: LLM, *, param: str) -> None:
         )
 
 
-def check_room(ids: Sequence[int], llm: LLM, *, max_tokens: int, param: str) -> None:
+def check_room(
+    ids: Sequence[int], llm: LLM, *, max_tokens: int, prompt_field: str, limit_field: str | None
+) -> None:
     """Checks that a prompt and so many tokens fit the context.
+
+    Args:
+        ids: of the prompt.
+        llm: the model.
+        max_tokens: that are to follow.
+        prompt_field: the field that holds the prompt, at fault where that leaves no room by itself.
+        limit_field: the field that asks for so many tokens; None if none does.
 
     Raises:
         ApiError: they do not.
     """
-    if len(ids) + max_tokens > llm.max_context:
-        raise ApiError(
-            400,
-            f"the context of this model holds {llm.max_context} tokens; the prompt has {len(ids)}, and "
-            f"{param} asks for {max_tokens} more",
-            param=param,
-            code="context_length_exceeded",
-        )
+    if len(ids) + max_tokens <= llm.max_context:
+        return
+    message = f"the context of this model holds {llm.max_context} tokens; the prompt has {len(ids)}"
+    has_room = len(ids) + min(max_tokens, 1) <= llm.max_context
+    if not has_room:
+        message += f"; shorten {prompt_field}"
+    elif limit_field is None:
+        message += f", and {max_tokens} are to follow; shorten {prompt_field}, or ask for fewer"
+    else:
+        message += f", and {limit_field} asks for {max_tokens} more"
+    param = limit_field if has_room and limit_field is not None else prompt_field
+    raise ApiError(400, message, param=param, code="context_length_exceeded")

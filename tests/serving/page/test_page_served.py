@@ -99,3 +99,12 @@ def test_the_page_opens_without_a_key_and_asks_for_it(
         page.get_by_label("Max tokens").fill("5")
         generate(page, PROMPT)
         expect(page.locator(".status").first).to_contain_text("Finished")
+
+
+def test_the_documentation_shows_every_endpoint(server: RunningServer, open_page: OpenPage) -> None:
+    page = open_page(f"{server.url}/docs")
+    operations = sum(len(each) for each in server.get("/openapi.json").json()["paths"].values())
+    expect(page.locator(".opblock")).to_have_count(operations)
+    assert operations == 13
+    page.locator(".opblock", has_text="/v1/completions").first.click()
+    expect(page.get_by_text("Continues one or several prompts")).to_be_visible()

@@ -90,7 +90,10 @@ class TextPart(Body):
 
 
 class ChatMessage(Body):
-    """One message of a conversation; which roles there are is the template's business."""
+    """One message of a conversation; which roles there are is the template's business.
+
+    An answer's message may be sent back as OpenAI's client holds it: its fields from `refusal` on are null.
+    """
 
     role: str = Field(min_length=1)
     content: Annotated[
@@ -98,6 +101,11 @@ class ChatMessage(Body):
         described_as(f"text, or a list of at most {MAX_PARTS} parts of the type text"),
     ]
     name: str | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     def plain(self) -> dict[str, str]:
         """As templates see it."""

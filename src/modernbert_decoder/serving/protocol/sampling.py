@@ -41,9 +41,11 @@ class StreamOptions(Body):
 
     Attributes:
         include_usage: send a last chunk without choices that counts the tokens.
+        include_obfuscation: must not be true: chunks are as long as their text, and nothing pads them.
     """
 
-    include_usage: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class JsonSchema(Body):
@@ -120,7 +122,7 @@ class SamplingFields(Body):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the number of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """What the engine is asked for.

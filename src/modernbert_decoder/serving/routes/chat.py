@@ -86,9 +86,15 @@ async def _prompt_ids(body: ChatRequest, model: ServedModel) -> list[int]:
     ids = await encode_text(text, tokenizer)
     if ids[1:2] == [tokenizer.cls_token_id]:  # the template writes it, too
         del ids[0]
-    wanted = _max_tokens(body) or 1
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    check_room(ids, model.llm, max_tokens=wanted, param=name)
+    fields = ("max_completion_tokens", "max_tokens")
+    limit_field = next((name for name in fields if getattr(body, name) is not None), None)
+    check_room(
+        ids,
+        model.llm,
+        max_tokens=_max_tokens(body) or 1,
+        prompt_field="messages",
+        limit_field=limit_field,
+    )
     return ids
 
 

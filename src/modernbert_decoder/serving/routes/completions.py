@@ -91,6 +91,7 @@ async def _prompts(body: CompletionRequest, model: ServedModel) -> list[EncodedP
         body.prompt,
         model.llm,
         max_tokens=16 if body.max_tokens is None else body.max_tokens,
+        is_limit_given=body.max_tokens is not None and "max_tokens" in body.model_fields_set,
         skip_special_tokens=body.skip_special_tokens is not False,
         is_echoed=bool(body.echo),
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from modernbert_decoder.engine.async_llm import AsyncLLM
 from modernbert_decoder.engine.outputs import RankedCandidate, Score
+from modernbert_decoder.errors import InputError
 from modernbert_decoder.serving.context import context_of, record_of
-from modernbert_decoder.serving.errors import ApiError
+from modernbert_decoder.serving.errors import ApiError, parameter_named
 from modernbert_decoder.serving.generation import together
 from modernbert_decoder.serving.models import ServedModel
 from modernbert_decoder.serving.prompts import check_token_ids, encode_texts, listed_prompts
@@ -161,11 +163,11 @@ async def _continuations(
     engine: AsyncLLM = model.engine
     ranked: list[RankedCandidate] = []
     if len(set(firsts)) == 1:  # which is read once for all
-        ranked = await engine.rank(firsts[0], seconds, normalization=body.normalization, **settings)
+        ranked = await _ranked(engine, firsts[0], seconds, body, settings)
         ranked.sort(key=lambda each: each.index)
     else:
         work = [
-            engine.rank(first, [second], normalization=body.normalization, **settings)
+            _ranked(engine, first, [second], body, settings)
             for first, second in zip(firsts, seconds, strict=True)
         ]
         ranked = [only for (only,) in await together(work)]
@@ -175,6 +177,20 @@ async def _continuations(
     ]
     whole = [first + second for first, second in zip(firsts, seconds, strict=True)]
     return data, sum(map(len, await encode_texts(whole, model.llm.tokenizer)))
+
+
+async def _ranked(
+    engine: AsyncLLM, first: str, seconds: Sequence[str], body: ScoreRequest, settings: dict[str, Any]
+) -> list[RankedCandidate]:
+    """Continuations of one text; errors, which the engine tells of text and candidates, name our fields."""
+    try:
+        return await engine.rank(first, seconds, normalization=body.normalization, **settings)
+    except InputError as error:
+        fields = {"text": "text_1", "candidates": "text_2"}
+        named = parameter_named(str(error), fields)
+        if named is None:
+            raise
+        raise ApiError(400, f"{fields[named]}: {error}", param=fields[named], code="invalid_value") from None
 
 
 def _paired(first: str | list[str] | None, second: str | list[str] | None) -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.serving.context import context_of, record_of
+from modernbert_decoder.serving.metrics import METRICS_TYPE
 from modernbert_decoder.serving.models import ServedModel, State
 from modernbert_decoder.serving.prompts import check_token_ids, encode_text
 from modernbert_decoder.serving.protocol.base import MAX_LOGPROBS
@@ -47,7 +48,6 @@ _KNOWN_WHEN_OPEN: Final = (
     "problem_type",
     "has_chat_template",
 )
-_METRICS_TYPE: Final = "text/plain; version=1.0.0; charset=utf-8"
 
 
 @router.get(
@@ -213,4 +213,4 @@ async def ready(request: Request) -> Response:
 )
 async def metrics(request: Request) -> Response:
     """Requests, latencies, queue, memory and tokens."""
-    return Response(context_of(request).metrics.text(), headers={"Content-Type": _METRICS_TYPE})
+    return Response(context_of(request).metrics.text(), headers={"Content-Type": METRICS_TYPE})
