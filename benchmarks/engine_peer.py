@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.protocol import PROMPT_ID_LIMIT, reset_peak_memory, serve
 from modernbert_decoder import LLM, SamplingParams
+from modernbert_decoder.cli.formats import bytes_per_weight
 from modernbert_decoder.engine.request import Request
 from modernbert_decoder.engine.runtime import Row
 
@@ -35,15 +36,17 @@ class EnginePeer:
         self.llm: LLM
 
     def load(self, *, model: str, variant: str, threads: int) -> Mapping[str, Any]:
-        """Load a checkpoint in the variant's formats."""
+        """Load a checkpoint in the variant's formats; bytes per weight are means over its matrices."""
         start = time.perf_counter()
         dtype, vocabulary_dtype = DTYPES[variant]
         self.llm = LLM(model, dtype=dtype, vocabulary_dtype=vocabulary_dtype, threads=threads)
+        seconds = time.perf_counter() - start
+        body, vocabulary = bytes_per_weight(self.llm.architecture, self.llm.scheme)
         return {
-            "load_seconds": time.perf_counter() - start,
+            "load_seconds": seconds,
             "format": self.llm.scheme.name,
-            "body_bytes_per_weight": self.llm.scheme.body.bytes_per_weight,
-            "vocabulary_bytes_per_weight": self.llm.scheme.vocabulary.bytes_per_weight,
+            "body_bytes_per_weight": body,
+            "vocabulary_bytes_per_weight": vocabulary,
         }
 
     def decode(self, *, prompt: int, tokens: int, sequences: int) -> Mapping[str, Any]:

@@ -45,6 +45,7 @@ class Loaded:
 
     peer: str
     variant: str
+    size: str
     worker: Worker
     answer: dict[str, Any]
     new_tokens: int
@@ -81,7 +82,9 @@ def load_workers(
             report(f"{size}: loading {installed.peer.name} {variant}")
             worker, answer = start_worker(installed, variant, size, threads=plan.threads)
             stack.callback(worker.close)
-            loaded.append(Loaded(installed.peer.name, variant, worker, answer, installed.peer.new_tokens))
+            loaded.append(
+                Loaded(installed.peer.name, variant, size, worker, answer, installed.peer.new_tokens)
+            )
     return loaded
 
 

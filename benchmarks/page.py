@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from benchmarks.claims import check_claims
+from benchmarks.coverage import DEFAULT_SIZES
+from benchmarks.quantizing import TIME_HEADER, time_cells
 from benchmarks.results import Results
+from benchmarks.shapes import SHAPES
 from benchmarks.summary import ENGINE, MEASURES, Comparison, Row, variant_name
 from benchmarks.tables import number, setting, spread_text, table
+from benchmarks.weight_bits import bits_line
 
 _METHOD = """\
 Weights are random, of the released shapes. Every runtime is a process of its own that loads once and then
@@ -43,8 +47,10 @@ def full_page(results: Results) -> str:
         _METHOD,
         _contention(results),
         *(f"{peer} on this machine: {text}." for peer, text in results.features.items()),
+        bits_line(results.weight_bits),
         *(f"{each}." for each in results.absent),
         *results.notes,
+        _unmeasured_sizes(results),
         "## Numbers to hold",
         table(["what", "at least, or at most", "measured", ""], claims),
         "![Decode speed by size, runtime and precision](benchmarks.png)",
@@ -60,6 +66,7 @@ def full_page(results: Results) -> str:
         *_overhead(results),
         *_cache(results),
         *_perplexity(results),
+        *_quantizing(results),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -71,6 +78,18 @@ def _contention(results: Results) -> str:
     return (
         f"Other programs took {share.median:.1%} of the processors meanwhile (median of the rounds, "
         f"{share.high:.1%} at most)."
+    )
+
+
+def _unmeasured_sizes(results: Results) -> str:
+    measured = {row.size for row in results.rows}
+    sizes = [size for size in SHAPES if size not in measured]
+    if not sizes:
+        return ""
+    return (
+        f"Sizes that were not measured: {', '.join(sizes)}. All runtimes and precisions of a size are loaded "
+        "at once and take turns, so that every larger size needs more memory and longer rounds; the default "
+        f"is {', '.join(DEFAULT_SIZES)}, and `--sizes` chooses others."
     )
 
 
@@ -192,3 +211,13 @@ def _perplexity(results: Results) -> list[str]:
         legend,
         table(["precision", "perplexity", "bits per byte", "against float32"], lines),
     ]
+
+
+def _quantizing(results: Results) -> list[str]:
+    if not results.quantizing:
+        return []
+    legend = (
+        "Seconds to round and pack every matrix of a model, one at a time, on random values; reading and "
+        "writing files is not counted."
+    )
+    return ["## Quantizing", legend, table(TIME_HEADER, map(time_cells, results.quantizing))]

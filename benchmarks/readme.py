@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from textwrap import fill
 
 from benchmarks.results import Results
+from benchmarks.start_up import START_UP_SIZE
 from benchmarks.summary import (
     ENGINE,
     LLAMA,
@@ -16,6 +18,7 @@ from benchmarks.summary import (
     variant_name,
 )
 from benchmarks.tables import number, setting, table
+from benchmarks.weight_bits import bits_sentence
 
 # transformers, then llama.cpp and ours at equal bits
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -34,8 +37,7 @@ _TITLES = {
 }
 _EXPLANATION = """\
 llama.cpp runs a Llama of the same layers, widths, heads and vocabulary, every matrix with integers of the
-same width as ours beside it. With the scales, ours take 8.25 bits a weight where Q8_0 takes 8.5, and 4.25
-(4.5 in the vocabulary) where Q4_0 takes 4.5: our blocks are longer. int4 here has a 4-bit vocabulary to
+same width as ours beside it. {bits} int4 here has a 4-bit vocabulary to
 compare with Q4_0, while the default of int4 keeps it at 8 bits."""
 _LINK = """\
 Every row, those in which we lose included, and how it was measured:
@@ -47,7 +49,10 @@ def readme_section(results: Results) -> str:
     parts = [setting(results, bandwidth=results.bandwidth)]
     for measure in MEASURES:
         parts += [_TITLES[measure], _short_table(results, measure)]
-    return "\n\n".join([*parts, _EXPLANATION, *_summary_lines(results), _LINK])
+    explanation = fill(
+        _EXPLANATION.format(bits=bits_sentence(results.weight_bits)), 110, break_on_hyphens=False
+    )
+    return "\n\n".join([*parts, explanation, *_summary_lines(results), _LINK])
 
 
 def _short_table(results: Results, measure: str) -> str:
@@ -93,7 +98,11 @@ def _summary_lines(results: Results) -> list[str]:
         lines.append(
             f"Perplexity of the bundled model on held-out books, against float32: {'; '.join(costs)}."
         )
-    starts = [f"{each.peer} {each.seconds.median:.2f} s" for each in results.start_up if each.model == "17m"]
+    starts = [
+        f"{each.peer} {each.variant} {each.seconds.median:.2f} s"
+        for each in results.start_up
+        if each.model == START_UP_SIZE
+    ]
     if starts:
-        lines.append(f"Process start to first token, 17m shape: {'; '.join(starts)}.")
+        lines.append(f"Process start to first token, {START_UP_SIZE} shape: {'; '.join(starts)}.")
     return lines + [f"Not measured here: {each}." for each in results.absent]

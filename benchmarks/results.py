@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import types
 import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.cache_bytes import CacheBytes
 from benchmarks.peers import Absent
 from benchmarks.quality import Parity, Perplexity
+from benchmarks.quantizing import QuantizingTime
 from benchmarks.start_up import StartUp
 from benchmarks.step_overhead import Overhead
 from benchmarks.summary import Comparison, Row, Spread
+from benchmarks.weight_bits import WeightBits
 
 FORMAT = 1
 
@@ -49,11 +51,13 @@ class Results(Setting):
     """One run.
 
     Attributes:
-        features: peer -> what it says of itself: processor features in use, bits per weight.
+        features: peer -> what it says of itself: processor features in use.
         bandwidth: bytes per second read from memory, over all rounds.
         others_share: share of the processors that other programs took, over all rounds; None if unknown.
         is_quick: a short run, good for nothing but a look.
         notes: what was left out, and why.
+        weight_bits: bits per weight of ours; empty in results of older versions.
+        quantizing: seconds to quantize a model; empty in results of older versions.
     """
 
     features: dict[str, str]
@@ -69,6 +73,8 @@ class Results(Setting):
     perplexity: list[Perplexity]
     parity: list[Parity]
     notes: list[str]
+    weight_bits: list[WeightBits] = field(default_factory=list)
+    quantizing: list[QuantizingTime] = field(default_factory=list)
 
 
 def save(results: Setting, path: Path) -> None:
@@ -90,10 +96,10 @@ def load(kind: type[S], path: Path, *, format: int) -> S:
 
 
 def from_json(kind: type[T], stored: Any) -> T:
-    """A dataclass from what `json.dumps(asdict(...))` made of it.
+    """A dataclass from what `json.dumps(asdict(...))` made of it; fields with a default may be missing.
 
     Raises:
-        ValueError: fields are missing or unknown.
+        ValueError: other fields are missing, or unknown.
     """
     value = _build(kind, stored, "results")
     assert isinstance(value, kind)
@@ -112,9 +118,15 @@ def _build(kind: Any, stored: Any, where: str) -> Any:
         return [_build(item, each, f"{where}[{i}]") for i, each in enumerate(stored)]
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return stored
-    names = {field.name for field in fields(kind)}
-    if names != set(stored):
-        missing, unknown = sorted(names - set(stored)), sorted(set(stored) - names)
+    names = {each.name for each in fields(kind)}
+    required = {each.name for each in fields(kind) if not _has_default(each)}
+    if not required <= set(stored) <= names:
+        missing, unknown = sorted(required - set(stored)), sorted(set(stored) - names)
         raise ValueError(f"{where}: missing {missing}, unknown {unknown}")
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _build(hints[name], stored[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _build(hints[name], stored[name], f"{where}.{name}") for name in stored})
+
+
+def _has_default(each: Field[Any]) -> bool:
+    """Whether results of older versions may lack this field."""
+    return each.default is not MISSING or each.default_factory is not MISSING

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.coverage import DEFAULT_PROMPTS, DEFAULT_SEQUENCES, DEFAULT_SIZES, is_complete
 from benchmarks.machine import slug
 from benchmarks.matrix import Plan
 from benchmarks.page import full_page
@@ -23,11 +24,8 @@ from benchmarks.readme import readme_section
 from benchmarks.results import FORMAT, Results, load, save
 from benchmarks.session import Request, report, run
 from benchmarks.shapes import SHAPES
-from benchmarks.summary import case_label
 from benchmarks.tables import replace_between
 from modernbert_decoder.machine import usable_threads
-
-DEFAULT_SIZES = ("17m", "32m", "68m", "150m")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,8 +33,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__.splitlines()[0])
     names = [peer.name for peer in PEERS]
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=list(DEFAULT_SIZES))
-    parser.add_argument("--prompts", nargs="+", type=int, default=[128, 2048], help="prompt lengths")
-    parser.add_argument("--sequences", nargs="+", type=int, default=[1, 8])
+    parser.add_argument(
+        "--prompts", nargs="+", type=int, default=list(DEFAULT_PROMPTS), help="prompt lengths"
+    )
+    parser.add_argument("--sequences", nargs="+", type=int, default=list(DEFAULT_SEQUENCES))
     parser.add_argument("--peers", nargs="+", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=15, help="most rounds of a case (default 15)")
     parser.add_argument(
@@ -91,17 +91,6 @@ def make_request(options: argparse.Namespace) -> Request:
     return Request(*lists, interpreters, plan, is_quick=False)
 
 
-def is_complete(results: Results) -> bool:
-    """Whether the default sizes and cases of all peers that are there were measured or noted as left out."""
-    measured = {(row.size, row.sequences, row.prompt_tokens) for row in results.rows}
-    wanted = {
-        (size, sequences, prompt) for size in DEFAULT_SIZES for sequences in (1, 8) for prompt in (128, 2048)
-    }
-    noted = {case for case in wanted if any(note.startswith(case_label(*case)) for note in results.notes)}
-    named = {row.peer for row in results.rows} | {each.peer for each in results.absent}
-    return not results.is_quick and wanted <= measured | noted and named == {peer.name for peer in PEERS}
-
-
 def publish(results: Results) -> None:
     """Write the README's table, the page and the plot."""
     readme, docs = REPOSITORY / "README.md", REPOSITORY / "docs"
@@ -119,7 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.render:
         results = load(Results, options.render, format=FORMAT)
         if not is_complete(results):
-            report("not published: cases are missing from this run, and its notes do not say why")
+            report(
+                "not published: this run lacks start-up, overhead, perplexity or parity, or cases of which "
+                "its notes do not say why"
+            )
             return 2
         publish(results)
         return 0

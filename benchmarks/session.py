@@ -13,10 +13,12 @@ from benchmarks.matrix import Loaded, Plan, measure_size
 from benchmarks.peers import Installed, find_peers
 from benchmarks.protocol import Worker
 from benchmarks.quality import parity_table, perplexity_table, shared_folder
+from benchmarks.quantizing import QUANTIZED_SIZE, quantizing_table
 from benchmarks.results import FORMAT, Results
 from benchmarks.start_up import start_up_table
 from benchmarks.step_overhead import overhead_table
-from benchmarks.summary import ENGINE, TRANSFORMERS, Case, Samples, Spread, compare, make_row, variant_name
+from benchmarks.summary import ENGINE, TRANSFORMERS, Case, Samples, Spread, compare, make_row
+from benchmarks.weight_bits import WeightBits
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,14 @@ def run(request: Request) -> Results:
         machine=describe_machine(),
         threads=threads,
         versions=_versions(loaded),
-        features=_features(loaded),
+        features={each.peer: each.answer["system_info"] for each in loaded if "system_info" in each.answer},
         bandwidth=Spread.of(bandwidths) if bandwidths else None,
         others_share=Spread.of(others) if others else None,
         is_quick=request.is_quick,
         absent=absent,
         rows=[make_row(each, threads=threads) for each in samples],
         comparisons=compare(samples),
-        start_up=start_up_table(peers, rounds=rounds, report=report),
+        start_up=start_up_table(peers, sizes=request.sizes, rounds=rounds, report=report),
         overhead=overhead_table(engine, threads=threads, rounds=rounds, report=report) if engine else [],
         cache=cache_table(request.sizes),
         perplexity=perplexity,
@@ -78,6 +80,10 @@ def run(request: Request) -> Results:
         if engine and transformers
         else [],
         notes=notes,
+        weight_bits=_weight_bits(loaded),
+        quantizing=quantizing_table(
+            request.sizes if request.is_quick else (QUANTIZED_SIZE,), threads=threads, report=report
+        ),
     )
 
 
@@ -101,23 +107,17 @@ def _matrix(
     return samples, loaded, notes
 
 
-def _features(loaded: Sequence[Loaded]) -> dict[str, str]:
-    """What the peers say about the processor's features, and how many bits our weights take."""
-    features = {each.peer: each.answer["system_info"] for each in loaded if "system_info" in each.answer}
-    bits = {
-        variant_name(each.variant): tuple(
-            8 * each.answer[f"{part}_bytes_per_weight"] for part in ("body", "vocabulary")
+def _weight_bits(loaded: Sequence[Loaded]) -> list[WeightBits]:
+    return [
+        WeightBits(
+            each.size,
+            each.variant,
+            8 * each.answer["body_bytes_per_weight"],
+            8 * each.answer["vocabulary_bytes_per_weight"],
         )
         for each in loaded
         if each.peer == ENGINE
-    }
-    if bits:
-        listed = "; ".join(f"{name} {body:g} / {vocabulary:g}" for name, (body, vocabulary) in bits.items())
-        features[ENGINE] = (
-            f"bits per weight in the layers / the vocabulary, scales included: {listed} "
-            "(llama.cpp: Q8_0 8.5, Q4_0 4.5)"
-        )
-    return features
+    ]
 
 
 def _versions(loaded: Sequence[Loaded]) -> dict[str, str]:

@@ -23,6 +23,7 @@ _PROMPT = "Once upon a time"
 START_UP_SIZE = "17m"
 HELP = "mbd --help"
 _MODELS = (START_UP_SIZE, BUNDLED_MODEL)
+DTYPES = ("float32", "int8", "int4")  # ours, of every size
 _LAUNCHER = """
 import json, os, sys, time
 begin = time.perf_counter()
@@ -61,10 +62,10 @@ class _Command:
 
 
 def start_up_table(
-    peers: Mapping[str, Installed], *, rounds: int, report: Callable[[str], None]
+    peers: Mapping[str, Installed], *, sizes: Sequence[str], rounds: int, report: Callable[[str], None]
 ) -> list[StartUp]:
-    """Every peer's start to the first token, and `mbd --help`."""
-    commands = _commands(peers)
+    """The start to the first token, of ours in every size and format, of peers in one, and `mbd --help`."""
+    commands = _commands(peers, sizes)
     times: dict[_Command, list[tuple[float, int]]] = {command: [] for command in commands}
     report(f"start-up: {len(commands)} commands, {rounds} rounds")
     for i in range(rounds + 1):
@@ -107,15 +108,23 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "MBD_CACHE": str(ENGINE_CACHE), "PYTHONPATH": str(REPOSITORY)}
 
 
-def _commands(peers: Mapping[str, Installed]) -> list[_Command]:
+def _engine_commands(python: str, sizes: Sequence[str]) -> list[_Command]:
+    mbd = (python, "-m", "modernbert_decoder.cli")
+    commands = []
+    for name in dict.fromkeys((*_MODELS, *sizes)):
+        model = str(model_folder(name))
+        for dtype in DTYPES:
+            options = ("--model", model, "--dtype", dtype, "--no-echo", "--seed", "1")
+            commands.append(
+                _Command(ENGINE, dtype, name, "first token", (*mbd, "generate", *options, _PROMPT))
+            )
+    return [*commands, _Command(ENGINE, "", "", HELP, (*mbd, "--help"))]
+
+
+def _commands(peers: Mapping[str, Installed], sizes: Sequence[str]) -> list[_Command]:
     commands = []
     if ENGINE in peers:
-        mbd = (peers[ENGINE].python, "-m", "modernbert_decoder.cli")
-        for name in _MODELS:
-            model = str(model_folder(name))
-            generate = (*mbd, "generate", "--model", model, "--no-echo", "--seed", "1", _PROMPT)
-            commands.append(_Command(ENGINE, "int8", name, "first token", generate))
-        commands.append(_Command(ENGINE, "", "", HELP, (*mbd, "--help")))
+        commands += _engine_commands(peers[ENGINE].python, sizes)
     if LLAMA in peers:
         worker, _ = start_worker(peers[LLAMA], "Q8_0", START_UP_SIZE, threads=1)  # writes the file
         worker.close()

@@ -76,8 +76,19 @@ def test_floor_engine_and_command_line_import_with_base_dependencies_only(
     result = json.loads(run(base_python, "-c", IMPORT_EVERYTHING, cwd=tmp_path))
     assert Path(result["file"]).is_relative_to(ENVIRONMENT), "the installed package was not the one imported"
     assert result["heavy"] == []
-    rooms = {name.split(".")[1] for name in result["imported"]}
-    assert {"architecture", "checkpoint", "tokenizer", "quantization", "engine", "cli"} <= rooms
+    assert set(result["imported"]) == modules_of_floor_and_engine()
+
+
+def modules_of_floor_and_engine() -> set[str]:
+    """Names of all modules in the sources, folders that lack an `__init__.py` included."""
+    names = set()
+    for path in (ROOT / "src" / "modernbert_decoder").rglob("*.py"):
+        parts = path.relative_to(ROOT / "src").with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if len(parts) > 1 and parts[1] not in WINGS and parts[-1] != "__main__":
+            names.add(".".join(parts))
+    assert {"modernbert_decoder.engine", "modernbert_decoder.cli.generate"} <= names
+    return names
 
 
 @pytest.mark.environment
@@ -89,6 +100,14 @@ def test_the_installed_package_holds_the_bundled_model(base_python: Path, tmp_pa
     listed = run(base_python, "-c", code, cwd=tmp_path)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert repr(name) in listed
+
+
+@pytest.mark.environment
+def test_the_installed_package_says_that_it_is_typed(base_python: Path, tmp_path: Path) -> None:
+    code = (
+        "from importlib.resources import files; print((files('modernbert_decoder') / 'py.typed').is_file())"
+    )
+    assert run(base_python, "-c", code, cwd=tmp_path).strip() == "True"
 
 
 @pytest.mark.environment

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from checkpoints import BUNDLED_ARCHITECTURE
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -25,19 +27,23 @@ from benchmarks import (  # noqa: E402
     step_overhead,
     summary,
     tables,
+    weight_bits,
 )
 from benchmarks.cache_bytes import cache_table  # noqa: E402
 from benchmarks.claims import check_claims  # noqa: E402
 from benchmarks.costs_of_peers import step_bytes  # noqa: E402
+from benchmarks.coverage import missing_cases, wanted_cases  # noqa: E402
 from benchmarks.engine_peer import EnginePeer  # noqa: E402
 from benchmarks.machine import describe_machine, slug  # noqa: E402
 from benchmarks.matrix import Round, quietest  # noqa: E402
 from benchmarks.page import full_page  # noqa: E402
+from benchmarks.plot import draw  # noqa: E402
 from benchmarks.protocol import Worker, WorkerError  # noqa: E402
+from benchmarks.quantizing import QuantizingTime, time_quantizing  # noqa: E402
 from benchmarks.random_models import bpe_entries, ensure_checkpoint  # noqa: E402
 from benchmarks.readme import readme_section  # noqa: E402
 from benchmarks.shapes import SHAPES, VOCABULARY_SIZE, Shape  # noqa: E402
-from benchmarks.start_up import StartUp, launch  # noqa: E402
+from benchmarks.start_up import StartUp, launch, start_up_table  # noqa: E402
 from benchmarks.step_overhead import Overhead, share_outside  # noqa: E402
 from benchmarks.summary import (  # noqa: E402
     ENGINE,
@@ -51,10 +57,14 @@ from benchmarks.summary import (  # noqa: E402
     make_row,
     pairwise_ratio,
 )
+from benchmarks.weight_bits import WeightBits, bits_line, bits_sentence  # noqa: E402
 
-from modernbert_decoder.architecture import released_architecture  # noqa: E402
+from modernbert_decoder.architecture import RELEASED_SIZES, released_architecture  # noqa: E402
 from modernbert_decoder.checkpoint import BUNDLED_MODEL, Checkpoint  # noqa: E402
+from modernbert_decoder.cli.formats import bytes_per_weight  # noqa: E402
+from modernbert_decoder.quantization import QuantizationScheme, fused_shapes  # noqa: E402
 
+PUBLISHED = ROOT / "benchmarks" / "results" / "2026-11-25-amd-epyc.json"
 # seconds per decode step in three rounds; the machine is half as fast in the second
 STEPS = {
     (ENGINE, "float32"): [2.0, 4.0, 2.0],
@@ -114,7 +124,24 @@ def make_results() -> results.Results:
         perplexity=quality.costs_of({"float32": (-200.0, 100), "int8": (-200.1, 100)}, num_bytes=300),
         parity=[quality.Parity("17m", 200, 1e-6, 0, 1)],
         notes=["A note."],
+        weight_bits=[
+            WeightBits("17m", "int8", 8.14, 8.125),
+            WeightBits("17m", "int4-pure", 4.25, 4.5),
+            WeightBits("32m", "int8", 8.3, 8.25),
+            WeightBits("32m", "int4-pure", 4.3, 4.5),
+        ],
     )
+
+
+def make_complete_results() -> results.Results:
+    """The same rows for every case that a published run must have."""
+    made = make_results()
+    rows = [
+        dataclasses.replace(row, size=case.size, sequences=case.sequences, prompt_tokens=case.prompt_tokens)
+        for case in wanted_cases()
+        for row in made.rows
+    ]
+    return dataclasses.replace(made, rows=rows, absent=[])
 
 
 def test_ratios_are_taken_within_each_round() -> None:
@@ -179,6 +206,7 @@ def test_claims_say_what_is_held_and_what_is_not() -> None:
     assert verdicts["everything but the network in a 17m int8 decode step, greedy"] == "**not held**"
     assert verdicts["start to first token, `mbd generate`, 17m shape, against transformers"] == "held"
     assert verdicts["perplexity cost of int8, bundled model"] == "held"
+    assert verdicts["quantizing every matrix of 1b to int8"] == "not measured"
     unmeasured = "share of the memory-bandwidth limit in decode, int8, one sequence, 68m and larger"
     assert verdicts[unmeasured] == "not measured"
 
@@ -195,6 +223,16 @@ def test_results_survive_json(tmp_path: Path) -> None:
     written = make_results()
     results.save(written, tmp_path / "results.json")
     assert results.load(results.Results, tmp_path / "results.json", format=results.FORMAT) == written
+
+
+def test_results_of_the_published_runs_can_be_read_and_rendered() -> None:
+    read = results.load(results.Results, PUBLISHED, format=results.FORMAT)
+    assert run.is_complete(read)
+    assert (read.weight_bits, read.quantizing) == ([], [])
+    page = full_page(read)
+    assert "## Quantizing" not in page
+    assert "int8 8.25 / 8.25" in page  # as that run said of itself
+    assert "ours take fewer bits a weight than the 8.5 of Q8_0" in readme_section(read)
 
 
 def test_results_with_missing_or_unknown_fields_are_refused(tmp_path: Path) -> None:
@@ -248,8 +286,27 @@ def test_the_readme_has_the_markers() -> None:
     assert "new" in tables.replace_between(text, "new")
 
 
+@pytest.mark.parametrize("part", ["start_up", "overhead", "perplexity", "parity"])
+def test_a_run_that_lacks_a_part_is_not_complete(part: str) -> None:
+    assert run.is_complete(make_complete_results())
+    assert not run.is_complete(dataclasses.replace(make_complete_results(), **{part: []}))
+
+
+def test_parity_is_not_asked_of_a_machine_without_transformers() -> None:
+    made = make_complete_results()
+    without = dataclasses.replace(
+        made,
+        rows=[row for row in made.rows if row.peer != TRANSFORMERS],
+        absent=[peers.Absent(TRANSFORMERS, "no module torch", "pip install torch")],
+        parity=[],
+    )
+    assert run.is_complete(without)
+    assert not run.is_complete(dataclasses.replace(without, absent=[]))
+
+
 def test_partial_runs_do_not_replace_the_published_tables() -> None:
     assert not run.is_complete(make_results())
+    assert not run.is_complete(dataclasses.replace(make_complete_results(), is_quick=True))
     options = run.parse(["--quick"])
     assert run.make_request(options).is_quick
 
@@ -257,17 +314,111 @@ def test_partial_runs_do_not_replace_the_published_tables() -> None:
 def test_a_run_without_a_case_is_published_only_if_its_notes_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "publish", lambda _: published.append(True))
     published: list[bool] = []
+    monkeypatch.setattr(run, "publish", lambda _: published.append(True))
     path = tmp_path / "results.json"
-    published = Path(run.__file__).parent / "results" / "2026-11-25-amd-epyc.json"
-    kept = results.load(results.Results, published, format=results.FORMAT)
+    kept = results.load(results.Results, PUBLISHED, format=results.FORMAT)
     results.save(dataclasses.replace(kept, notes=[]), path)
     assert run.main(["--render", str(path)]) == 2
     assert not published
     results.save(kept, path)
     assert run.main(["--render", str(path)]) == 0
     assert published
+
+
+def test_the_claim_about_every_row_says_how_many_cases_are_missing() -> None:
+    what = "decode against llama.cpp at equal bits, every row"
+
+    def claim(made: results.Results) -> tuple[str, str]:
+        (found,) = [each for each in check_claims(made) if each.what == what]
+        return found.measured, found.verdict
+
+    kept = results.load(results.Results, PUBLISHED, format=results.FORMAT)
+    missing = [(case.size, case.sequences, case.prompt_tokens) for case in missing_cases(kept)]
+    assert missing == [("68m", 8, 2048), ("150m", 8, 2048)]
+    measured, verdict = claim(kept)
+    assert measured.endswith("2 of 16 cases were not measured (68m 8 x 2048, 150m 8 x 2048)")
+    assert verdict == "**not held**"
+    won = [each for each in make_results().comparisons if each.is_won]
+    measured, verdict = claim(dataclasses.replace(make_results(), comparisons=won))
+    assert (
+        "15 of 16 cases were not measured (17m 8 x 128, 17m 1 x 2048, 17m 8 x 2048 and 12 more)" in measured
+    )
+    assert verdict == "reported"
+    measured, verdict = claim(dataclasses.replace(make_complete_results(), comparisons=won))
+    assert "not measured" not in measured
+    assert verdict == "held"
+
+
+def test_the_page_says_which_sizes_were_not_measured_and_why() -> None:
+    kept = results.load(results.Results, PUBLISHED, format=results.FORMAT)
+    assert "Sizes that were not measured: 400m, 1b. All runtimes" in full_page(kept)
+    everything = [dataclasses.replace(kept.rows[0], size=size) for size in SHAPES]
+    assert "Sizes that were not measured" not in full_page(dataclasses.replace(kept, rows=everything))
+
+
+def test_the_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    draw(make_results(), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000
+
+
+def test_bits_per_weight_are_told_over_all_sizes() -> None:
+    bits = make_results().weight_bits
+    assert "ours take 8.125 to 8.3 bits a weight where Q8_0 takes 8.5, and 4.25 to 4.3 (4.5" in bits_sentence(
+        bits
+    )
+    assert "int8 8.14 to 8.3 / 8.125 to 8.25; int4, 4-bit vocabulary 4.25 to 4.3 / 4.5" in bits_line(bits)
+    assert bits_line([]) == ""
+    assert "8.125 to 8.3 bits" in " ".join(readme_section(make_results()).split())
+    assert bits_line(bits) in full_page(make_results())
+
+
+def test_quantizing_is_timed_over_every_matrix_and_published() -> None:
+    architecture = BUNDLED_ARCHITECTURE
+    entry = time_quantizing("storyteller", architecture, "int4", threads=1)
+    shapes = [shape for shape in fused_shapes(architecture).values() if len(shape) == 2]
+    assert (entry.num_matrices, entry.num_weights) == (len(shapes), sum(map(math.prod, shapes)))
+    assert 0 < entry.seconds < 60
+    times = [QuantizingTime("1b", dtype, 2, 113, 1_031_000_000, seconds) for dtype, seconds in QUANTIZED]
+    made = dataclasses.replace(make_results(), quantizing=times)
+    assert "| 1b | int8 | 113 | 1,031 | 2 | 5.0 |" in full_page(made)
+    verdicts = {claim.what: claim.verdict for claim in check_claims(made)}
+    assert verdicts["quantizing every matrix of 1b to int8"] == "held"
+    assert verdicts["quantizing every matrix of 1b to int4"] == "**not held**"
+
+
+QUANTIZED = (("int8", 5.0), ("int4", 61.0))
+
+
+def test_starts_are_timed_for_every_size_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[str, ...]] = []
+
+    def launch_nothing(arguments: tuple[str, ...]) -> tuple[float, int]:
+        launched.append(tuple(arguments))
+        return 0.5 if "int8" in arguments else 1.0, 10**8
+
+    monkeypatch.setattr("benchmarks.start_up.launch", launch_nothing)
+    monkeypatch.setattr("benchmarks.start_up.model_folder", lambda name: Path("models") / name)
+    (engine,) = [peer for peer in peers.PEERS if peer.name == ENGINE]
+    installed = {ENGINE: peers.Installed(engine, "python")}
+    entries = start_up_table(installed, sizes=("17m", "150m"), rounds=2, report=lambda _: None)
+    keys = [(each.model, each.variant) for each in entries if each.what == "first token"]
+    models, formats = ("17m", BUNDLED_MODEL, "150m"), ("float32", "int8", "int4")
+    assert keys == [(model, dtype) for model in models for dtype in formats]
+    assert len(launched) == 3 * len(entries)  # the first round is dropped
+    for model, dtype in keys:
+        (command,) = {each for each in launched if str(Path("models") / model) in each and dtype in each}
+        assert command[command.index("--dtype") + 1] == dtype
+    made = dataclasses.replace(make_results(), start_up=entries)
+    claims = {claim.what: claim for claim in check_claims(made)}
+    assert claims["start to first token, `mbd generate`, 17m shape"].measured == "0.50 s"  # int8, the default
+    starts = (
+        "Process start to first token, 17m shape: modernbert-decoder float32 1.00 s; modernbert-decoder int8"
+    )
+    assert starts in readme_section(made)
 
 
 def test_default_sizes_and_prompts_are_those_of_the_numbers_to_hold() -> None:
@@ -286,6 +437,23 @@ def test_shapes_agree_with_the_released_architectures() -> None:
         assert shape.num_heads == architecture.num_attention_heads
         assert shape.head_dim == architecture.head_dim
         assert architecture.vocab_size == VOCABULARY_SIZE
+
+
+@pytest.mark.parametrize("size", RELEASED_SIZES)
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_step_bytes_of_ours_are_those_of_the_packed_file(size: str, dtype: str) -> None:
+    """Blocks are fitted to each matrix's width, so nominal bits would be too few for most sizes."""
+    architecture, scheme = released_architecture(size), QuantizationScheme.named(dtype)
+    body, vocabulary = bytes_per_weight(architecture, scheme)
+    loaded = {"body_bytes_per_weight": body, "vocabulary_bytes_per_weight": vocabulary}
+    stored = sum(
+        math.prod(shape) * (1 if name.endswith(".data") else 4)
+        for name, shape in scheme.packed_shapes(architecture).items()
+    )
+    case = Case(size, 1, 128)
+    embedding_row = math.ceil(architecture.hidden_size * vocabulary)
+    expected = stored + embedding_row + architecture.kv_cache_bytes(128 + 32)
+    assert step_bytes(ENGINE, case, loaded, new_tokens=64) == pytest.approx(expected, abs=2)
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -395,7 +563,9 @@ def test_the_engine_worker_measures_the_steps_it_was_asked_for(monkeypatch: pyte
     monkeypatch.setattr("benchmarks.engine_peer.PROMPT_ID_LIMIT", 4_000)  # the bundled model's vocabulary
     peer = EnginePeer()
     loaded = peer.load(model=BUNDLED_MODEL, variant="int8", threads=1)
-    assert 1 < loaded["body_bytes_per_weight"] < 1.2
+    fitted = bytes_per_weight(peer.llm.architecture, peer.llm.scheme)
+    assert (loaded["body_bytes_per_weight"], loaded["vocabulary_bytes_per_weight"]) == fitted
+    assert 1 < fitted[0] < 1.2
     with peer.llm:
         answer = peer.decode(prompt=300, tokens=3, sequences=3)
         assert len(answer["step_seconds"]) == 3
@@ -405,7 +575,9 @@ def test_the_engine_worker_measures_the_steps_it_was_asked_for(monkeypatch: pyte
         assert all(0 < a <= b for a, b in zip(answer["network_seconds"], answer["step_seconds"], strict=True))
 
 
-@pytest.mark.parametrize("module", [contention, machine, quality, step_overhead, summary, tables])
+@pytest.mark.parametrize(
+    "module", [contention, machine, quality, step_overhead, summary, tables, weight_bits]
+)
 def test_the_examples_in_docstrings_are_right(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.attempted

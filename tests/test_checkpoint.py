@@ -27,6 +27,7 @@ from modernbert_decoder.errors import CheckpointError, ConfigurationError, Model
 from modernbert_decoder.quantization import QuantizationScheme
 
 Tensors = dict[str, NDArray[Any]]
+SCREEN_CHARACTERS = 24 * 80
 EMBEDDING = "model.embeddings.tok_embeddings.weight"
 CONFIG: Mapping[str, Any] = {
     "architectures": ["ModernBertDecoderForCausalLM"],
@@ -223,7 +224,27 @@ def test_packed_checkpoints_are_checked_against_their_scheme(tmp_path: Path) -> 
     packed[data_name] = packed[data_name].astype(np.float32)
     del packed[data_name.replace(".data", ".scales")]
     write_safetensors(tmp_path / "model.safetensors", packed)
-    with pytest.raises(CheckpointError, match=r"(?s)1 missing: .*scales.*1 of a type .*\.data: F32"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)1 missing: .*scales.*1 of a type .*\.data: F32 instead of U8"
+    ):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(np.float16, "F16"), (np.float64, "F64"), (np.uint16, "BF16")])
+def test_norms_of_packed_checkpoints_are_float32_as_the_engine_reads_them(
+    tmp_path: Path, dtype: Any, stored: str
+) -> None:
+    scheme = QuantizationScheme.named("int8")
+    shapes = scheme.packed_shapes(DecoderArchitecture.from_config(CONFIG))
+    packed: Tensors = {
+        name: np.zeros(shape, np.uint8 if name.endswith(".data") else np.float32)
+        for name, shape in shapes.items()
+    }
+    name = "model.final_norm.weight"
+    packed[name] = packed[name].astype(dtype)
+    write_config(tmp_path, **{QUANTIZATION_KEY: scheme.to_dict()})
+    write_safetensors(tmp_path / "model.safetensors", packed, bfloat16=[name] if stored == "BF16" else [])
+    with pytest.raises(CheckpointError, match=f"{name}: {stored} instead of F32"):
         Checkpoint.open(tmp_path)
 
 
@@ -458,6 +479,10 @@ def test_bytes_behind_the_last_tensor_are_refused(folder: Path) -> None:
         Checkpoint.open(folder)
 
 
+# More digits than Python reads.
+ENDLESS_NUMBER = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, %b]}}' % (b"1" * 5000)
+
+
 def entry(begin: Any, end: Any, shape: Any = (4,), dtype: Any = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
@@ -479,6 +504,13 @@ def entry(begin: Any, end: Any, shape: Any = (4,), dtype: Any = "F32") -> dict[s
         ({"a": entry(-16, 0)}, "entry of tensor a is malformed"),
         ({"a": entry(0, 12)}, r"shape \(4,\) and dtype F32 needs 16 bytes, but its offsets 0 to 12 give 12"),
         ({"a": entry(16, 0)}, "its offsets 16 to 0 give -16"),
+        ({"a": entry(0, int("1" * 4000))}, "entry of tensor a is malformed"),
+        (ENDLESS_NUMBER, "its header is not valid JSON"),
+        ({"a": entry(0, 2**63, shape=[2**61])}, "entry of tensor a is malformed"),
+        ({"a": entry(0, 16, shape=[int("1" * 4000)] * 2)}, "entry of tensor a is malformed"),
+        ({"a": entry(0, 16, shape=[2**62] * 20)}, "entry of tensor a is malformed"),
+        ({"a": entry(0, 4, shape=[1] * 1000)}, "entry of tensor a is malformed"),
+        ({"a" * 5000: entry(0, "16")}, "entry of tensor a{200} is malformed"),
         ({"a": entry(0, 16), "b": entry(8, 24)}, "tensor b at byte .* overlaps a"),
         ({"a": entry(0, 16), "b": entry(0, 16)}, "tensor b at byte .* overlaps a"),
         ({"a": entry(0, 16), "b": entry(20, 36)}, "tensor b at byte .* leaves a gap behind a"),
@@ -488,8 +520,9 @@ def entry(begin: Any, end: Any, shape: Any = (4,), dtype: Any = "F32") -> dict[s
 )
 def test_a_corrupt_header_is_refused(folder: Path, header: Any, message: str) -> None:
     write_header(folder / "model.safetensors", header, bytes(36))
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors is damaged: .*{message}"):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors is damaged: .*{message}") as caught:
         Checkpoint.open(folder)
+    assert len(str(caught.value)) < SCREEN_CHARACTERS
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "Q4_0", "f32"])

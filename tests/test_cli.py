@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,15 @@ from pipeline_checkpoints import CLASSIFIER, write_with_tokenizer
 
 PROMPT = "Once upon a time"
 MBD = (sys.executable, "-m", "modernbert_decoder.cli")
+# The most frequent words of English prose, which gibberish of letters does not hit.
+FUNCTION_WORDS = frozenset(
+    re.findall(
+        "[a-z]+",
+        """a all an and are as at be but by could did do down for from had have he her him his i if in into
+        is it its me my no not now of on one or out said she so that the their them then there
+        they this to up very was we were what when which who will with would you your""",
+    )
+)
 # More text than is generated before a test is done with it.
 ENDLESS = ("generate", "--n", "64", "--max-tokens", "context", "--ignore-eos", PROMPT)
 HEAVY = ("numpy", "onnx", "onnxruntime", "tokenizers", "safetensors", "huggingface_hub", "tqdm", "torch")
@@ -176,6 +186,19 @@ def test_stats_go_to_standard_error_and_leave_standard_output_alone(
         "completion",
         "KV cache",
     ]
+
+
+def share_of_function_words(text: str) -> float:
+    words = re.findall("[a-z]+", text.lower())
+    assert len(words) > 50
+    return sum(word in FUNCTION_WORDS for word in words) / len(words)
+
+
+def test_the_bundled_model_writes_english(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--no-echo", "--seed", "1", "--max-tokens", "120", "--ignore-eos")
+    text = output(capsys, "generate", *options, PROMPT)
+    assert share_of_function_words(text) >= 0.35, text
+    assert share_of_function_words(text[::-1]) < 0.35, "the measure does not tell text from gibberish"
 
 
 # run
@@ -451,6 +474,18 @@ def test_help_into_a_closed_pipe_is_quiet() -> None:
 def test_a_full_disk_behind_standard_output_is_told_in_one_line() -> None:
     with open("/dev/full", "wb") as full:
         done = run("generate", "--max-tokens", "5", PROMPT, stdout=full)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "mbd: error: cannot write to standard output: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), (), ("generate", "--help")], ids=str)
+def test_help_and_version_into_a_full_disk_are_told_in_one_line(
+    arguments: Sequence[str], unbuffered: str
+) -> None:
+    with open("/dev/full", "wb") as full:
+        done = run(*arguments, stdout=full, environment={"PYTHONUNBUFFERED": unbuffered})
     assert done.returncode == 2
     assert done.stderr.decode() == "mbd: error: cannot write to standard output: No space left on device\n"
 

@@ -143,6 +143,15 @@ def remove_config(model: Path) -> None:
     (model / "config.json").unlink()
 
 
+def nest_tokenizer_config(model: Path) -> None:
+    (model / "tokenizer_config.json").write_text("[" * 100_000)
+
+
+def put_an_endless_number_into_the_header(model: Path) -> None:
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, %b]}}' % (b"1" * 5000)
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
 DAMAGES = [
     (truncate_weights, "cut off"),
     (scramble_weights, "damaged"),
@@ -155,6 +164,8 @@ DAMAGES = [
     (put_nan_into_a_norm, "NaN"),
     (leave_only_a_pickle, "Pickle files are refused"),
     (remove_config, "config.json"),
+    (nest_tokenizer_config, "tokenizer_config.json"),
+    (put_an_endless_number_into_the_header, "its header is not valid JSON"),
 ]
 
 

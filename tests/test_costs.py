@@ -156,3 +156,30 @@ def test_decode_bytes_count_each_kind_of_weight_at_its_own_width() -> None:
 def test_a_negative_length_is_refused() -> None:
     with pytest.raises(ValueError, match="must not be negative"):
         released_architecture("17m").kv_cache_bytes(-1)
+
+
+def test_flops_of_17m_at_length_100_are_those_counted_by_hand() -> None:
+    linear = 7 * (4 * 256 * 256 + 3 * 256 * 384)
+    attention = 2 * 256 * (3 * 100 + 4 * 64)  # three full layers see everything, four their window
+    head = 256 * 256 + 50_368 * 256
+    assert released_architecture("17m").flops_per_token(100) == 2 * (linear + attention + head) == 34_287_616
+
+
+@pytest.mark.parametrize("name", ["defaults", "untied", "every layer full"])
+def test_flops_are_those_that_torch_counts_in_the_upstream_model(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    flop_counter = pytest.importorskip("torch.utils.flop_counter")
+    changes = {**TINY, **VARIANTS[name]}
+    config = transformers.ModernBertDecoderConfig(**changes, attn_implementation="eager")
+    model = transformers.ModernBertDecoderForCausalLM(config).eval()
+    length = 11  # within the window, and plain attention multiplies every query with every key
+    with flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    counts = counter.get_flop_counts()
+    # The angles of the rotation are a product upstream; ours come from a table.
+    rotation = sum(sum(ops.values()) for place, ops in counts.items() if place.endswith("rotary_emb"))
+    architecture = DecoderArchitecture.from_config(
+        {**changes, "architectures": [CLASSES[Head.CAUSAL_LM]], "model_type": "modernbert-decoder"}
+    )
+    assert counter.get_total_flops() - rotation == length * architecture.flops_per_token(length)

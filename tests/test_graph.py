@@ -69,6 +69,9 @@ SCHEMES: dict[str, QuantizationScheme] = {
 }
 
 
+Nodes = tuple[list[onnx.NodeProto], list[onnx.NodeProto]]
+
+
 def parsed(architecture: DecoderArchitecture, scheme: str = "float32") -> onnx.GraphProto:
     return onnx.load_from_string(build_graph(architecture, SCHEMES[scheme], num_positions=64)).graph
 
@@ -105,6 +108,38 @@ def test_sliding_layers_and_no_others_have_the_window(full_every: int) -> None:
     nodes = [node for node in parsed(architecture).node if node.op_type == "GroupQueryAttention"]
     windows = [attributes(node).get("local_window_size", -1) for node in nodes]
     assert windows == [33 if kind is LayerKind.SLIDING else -1 for kind in architecture.layer_kinds]
+
+
+def upstream(graph: onnx.GraphProto, tensor: str, *, ends: tuple[str, ...]) -> Nodes:
+    """The nodes that a tensor is made by, and those of the given types at which the way back ended."""
+    producers = {output: node for node in graph.node for output in node.output}
+    passed: dict[str, onnx.NodeProto] = {}
+    ended: dict[str, onnx.NodeProto] = {}
+    waiting = [tensor]
+    while waiting:
+        node = producers.get(waiting.pop())
+        if node is None or node.output[0] in passed:
+            continue
+        if node.op_type in ends:
+            ended[node.output[0]] = node
+        else:
+            passed[node.output[0]] = node
+            waiting += node.input
+    return list(passed.values()), list(ended.values())
+
+
+@pytest.mark.parametrize("scheme", ["float32", "int8", "int4", "w8a8"])
+@pytest.mark.parametrize("name", ["tied", "untied, all biases"])
+def test_the_head_computes_only_the_positions_asked_for(name: str, scheme: str) -> None:
+    """Every way back from the logits comes to their choice of positions right behind head and norm."""
+    head, ended = upstream(
+        parsed(ARCHITECTURES[name], scheme), "logits", ends=("Gather", "GroupQueryAttention")
+    )
+    assert [(node.op_type, node.input[1]) for node in ended] == [("Gather", "logit_positions")]
+    weights = [each for node in head for each in node.input]
+    assert any(each.startswith("lm_head.dense.weight") for each in weights)
+    assert any(each.startswith("model.final_norm.weight") for each in weights)
+    assert not any(each.startswith("model.layers.") for each in weights)
 
 
 @pytest.mark.parametrize("size", ["17m", "1b"])

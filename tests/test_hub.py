@@ -25,6 +25,9 @@ from modernbert_decoder.errors import InputError, ModelNotFoundError
 
 BUNDLED = find_checkpoint(BUNDLED_MODEL)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLDER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
+# Revision -> the commit that it is, in every repository.
+COMMITS = {"": COMMIT, "main": COMMIT, COMMIT: COMMIT, "v1": OLDER_COMMIT, OLDER_COMMIT: OLDER_COMMIT}
 FIND = """
 import sys
 from pathlib import Path
@@ -53,7 +56,8 @@ class HubHandler(BaseHTTPRequestHandler):
             self._describe(path.removeprefix("/api/models/"))
         elif "/resolve/" in path:
             repo_id, _, rest = path[1:].partition("/resolve/")
-            self._send_file(self.repositories[repo_id] / rest.partition("/")[2])
+            revision, _, name = rest.partition("/")
+            self._send_file(self.repositories[repo_id] / name, commit=COMMITS[revision])
         else:
             self._send(404, b"")
 
@@ -66,12 +70,12 @@ class HubHandler(BaseHTTPRequestHandler):
             self._send(403, b"{}", error="GatedRepo")
         elif repo_id not in self.repositories:
             self._send(404, b"{}", error="RepoNotFound")
-        elif revision not in ("", "main", "v1", COMMIT):
+        elif revision not in COMMITS:
             self._send(404, b"{}", error="RevisionNotFound")
         else:
-            self._list(repo_id, as_tree=separator == "/tree/" and bool(found))
+            self._list(repo_id, commit=COMMITS[revision], as_tree=separator == "/tree/" and bool(found))
 
-    def _list(self, repo_id: str, *, as_tree: bool) -> None:
+    def _list(self, repo_id: str, *, commit: str, as_tree: bool) -> None:
         folder = self.repositories[repo_id]
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in files]
@@ -83,19 +87,22 @@ class HubHandler(BaseHTTPRequestHandler):
             self._send(200, json.dumps(entries).encode())
         else:
             siblings = [{"rfilename": name} for name in names]
-            content = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": COMMIT, "siblings": siblings}
+            content = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings}
             self._send(200, json.dumps(content).encode())
 
-    def _send_file(self, path: Path) -> None:
+    def _send_file(self, path: Path, *, commit: str) -> None:
         if path.is_file():
-            self._send(200, path.read_bytes(), etag=f'"{path.name}-{path.stat().st_size}"')
+            etag = f'"{path.name}-{path.stat().st_size}"'
+            self._send(200, path.read_bytes(), etag=etag, commit=commit)
         else:
             self._send(404, b"", error="EntryNotFound")
 
-    def _send(self, status: int, body: bytes, *, error: str = "", etag: str = "") -> None:
+    def _send(
+        self, status: int, body: bytes, *, error: str = "", etag: str = "", commit: str = COMMIT
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", commit)
         if error:
             self.send_header("X-Error-Code", error)
             self.send_header("X-Error-Message", error)
@@ -169,7 +176,38 @@ def test_a_download_fetches_only_what_is_needed_and_then_works_offline(hub: str,
     nowhere = "http://127.0.0.1:9"
     assert find("org/sound", tmp_path, endpoint=nowhere, offline=True) == str(folder)
     assert find("org/sound", tmp_path, endpoint=nowhere) == str(folder)
-    assert find("org/sound", tmp_path, endpoint=hub, revision="v1") == str(folder)
+    assert folder.name == COMMIT
+
+
+def test_a_revision_has_a_snapshot_of_its_own(hub: str, tmp_path: Path) -> None:
+    folder = Path(find("org/sound", tmp_path, endpoint=hub, revision="v1"))
+    assert folder.name == OLDER_COMMIT
+    assert find("org/sound", tmp_path, endpoint=hub, revision=OLDER_COMMIT) == str(folder)
+    assert find("org/sound", tmp_path, endpoint=hub) == str(folder.with_name(COMMIT))
+    assert find("org/sound", tmp_path, endpoint="http://127.0.0.1:9", offline=True, revision="v1") == str(
+        folder
+    )
+
+
+def test_generate_takes_a_hub_id_and_a_revision_and_then_works_offline(hub: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "modernbert_decoder.cli", "generate", "--model", "org/sound"]
+    command += ["--revision", "v1", "--temperature", "0", "--max-tokens", "5", "The"]
+    texts = []
+    for endpoint, offline in ((hub, False), ("http://127.0.0.1:9", True)):
+        done = subprocess.run(
+            command,
+            env=hub_environment(tmp_path, endpoint=endpoint, offline=offline),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        texts.append(done.stdout)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("The")
+    (snapshot,) = tmp_path.glob("home/hub/models--org--sound/snapshots/*")
+    assert snapshot.name == OLDER_COMMIT
 
 
 def test_an_unknown_repository_lists_what_was_tried(hub: str, tmp_path: Path) -> None:

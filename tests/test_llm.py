@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from checkpoints import CLS, SEP, tiny_architecture, write_checkpoint
-from modernbert_decoder.architecture import Head
+from modernbert_decoder.architecture import Head, released_architecture
 from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.engine.outputs import CompletionOutput
 from modernbert_decoder.engine.sampling import SamplingParams
@@ -51,6 +52,39 @@ def complete(llm: LLM, prompt: Any, params: SamplingParams) -> CompletionOutput:
 
 def sampling(settings: dict[str, Any], **more: Any) -> SamplingParams:
     return SamplingParams(**{"seed": 11, "max_tokens": 30, "ignore_eos": True, **settings, **more})
+
+
+def test_an_ettin_shape_with_its_real_tokenizer_continues_text_as_transformers_does(
+    shared: Path, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = write_checkpoint(tmp_path, released_architecture("17m"))
+    for path in (shared / "data" / "ettin-tokenizer").glob("tokenizer*.json"):
+        shutil.copy(path, folder)
+    prompt_ids = [50281, 36062, 310, 253, 5347, 273]
+    with LLM(folder, dtype="float32", threads=1) as llm:
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        (output,) = llm.generate("Paris is the capital of", params)
+        text = llm.tokenizer.decode(output.outputs[0].token_ids)
+    assert list(output.prompt_token_ids) == prompt_ids
+    model = transformers.ModernBertDecoderForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = model.generate(
+        torch.tensor([prompt_ids]),
+        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=20,
+        eos_token_id=None,
+        pad_token_id=50283,
+    )[0, len(prompt_ids) :].tolist()
+    assert list(output.outputs[0].token_ids) == expected
+    library = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (
+        output.outputs[0].text
+        == text
+        == library.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+    assert len(set(expected)) > 5
 
 
 # --- prompts ---

@@ -32,6 +32,7 @@ PROMPT_LENGTHS = (1, 63, 64, 65, 200, 1000)
 CONTEXT_LENGTH = PROMPT_LENGTHS[-1] + NUM_STEPS
 # So many logits are compared: all positions of a tiny vocabulary, the last ones of a large one.
 _MAX_COMPARED = 1 << 24
+_PIECE = 128
 
 FULL, SLIDING = LayerKind.FULL, LayerKind.SLIDING
 
@@ -166,6 +167,25 @@ def test_logits_and_greedy_tokens_over_200_steps_are_those_of_transformers(
     report_parity(NUM_STEPS, num_ties, error)
     assert num_ties <= MAX_TIE_SHARE * NUM_STEPS
     assert len(set(tokens)) > 20, "greedy decoding collapsed: the comparison would show nothing"
+
+
+@pytest.mark.parametrize("pair", ["17m", "32m"], indirect=True)
+def test_logits_of_every_position_of_a_long_prompt_are_those_of_transformers(pair: Pair) -> None:
+    """A large vocabulary's logits for all positions at once would take gigabytes: piece by piece."""
+    prompt = random_ids(pair.architecture, PROMPT_LENGTHS[-1])
+    with torch.no_grad():
+        states = pair.reference.model(torch.tensor([prompt]), use_cache=False).last_hidden_state
+    slot = pair.runtime.cache.allocate()
+    num_compared = 0
+    for start in range(0, len(prompt), _PIECE):
+        piece = prompt[start : start + _PIECE]
+        logits = pair.runtime.step([Row(slot, piece, len(piece))])[0]
+        with torch.no_grad():
+            reference = pair.reference.decoder(pair.reference.lm_head(states[:, start : start + _PIECE]))
+        assert relative_error(logits, reference[0].numpy()) < LOGIT_TOLERANCE
+        num_compared += len(logits)
+    pair.runtime.cache.free(slot)
+    assert num_compared == len(prompt)
 
 
 @pytest.mark.parametrize("pair", ["17m", "tiny", "local_attention 8"], indirect=True)

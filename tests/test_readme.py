@@ -76,16 +76,37 @@ def test_the_readme_marks_a_command_and_a_python_example() -> None:
     assert {block.language for block in BLOCKS} >= {"bash", "python"}
 
 
-def test_the_readme_tree_names_only_what_exists() -> None:
+def test_the_readme_shows_code_first_then_numbers_then_the_tree() -> None:
+    text = README.read_text(encoding="utf-8")
+    places = [text.index(f"<!-- {name} -->") for name in ("run", "benchmark:begin", "tree:begin")]
+    assert places == sorted(places)
+    assert BLOCKS[0].line <= 40
+
+
+def tree_paths() -> list[Path]:
+    """What the README's tree names, in its order."""
     text = README.read_text(encoding="utf-8")
     tree = re.search(r"<!-- tree:begin -->\n```\n(.*?)```\n<!-- tree:end -->", text, re.DOTALL)
     assert tree is not None
     folders: list[str] = []
+    paths = []
     for line in tree[1].splitlines():
         indent = (len(line) - len(line.lstrip())) // 2
         folders = [*folders[:indent], line.split()[0]]
-        path = ROOT.joinpath(*folders)
+        paths.append(ROOT.joinpath(*folders))
+    return paths
+
+
+def test_the_readme_tree_names_only_what_exists() -> None:
+    for path in tree_paths():
         assert path.exists(), f"README's tree names {path.relative_to(ROOT)}, which does not exist"
+
+
+def test_the_readme_tree_names_every_module_and_room_of_the_package() -> None:
+    package = ROOT / "src" / "modernbert_decoder"
+    rooms = [path.parent for path in package.glob("*/__init__.py")]
+    missing = {*package.glob("*.py"), *rooms} - set(tree_paths())
+    assert not missing, f"README's tree lacks {sorted(path.name for path in missing)}"
 
 
 def test_a_marker_without_a_fence_is_refused() -> None:

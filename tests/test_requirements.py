@@ -77,3 +77,13 @@ def test_the_oldest_transformers_allowed_is_tested() -> None:
     (clause,) = bounds("torch")["transformers"].specifier
     pinned = pins(ROOT / "requirements" / f"transformers-{clause.version}.txt")
     assert Requirement(f"transformers~={clause.version}.0").specifier.contains(pinned["transformers"])
+
+
+def test_the_base_install_depends_on_seven_packages_and_no_others() -> None:
+    base = {"click", "tqdm", "huggingface-hub", "numpy", "onnx", "onnxruntime", "tokenizers"}
+    assert bounds().keys() == base
+
+
+def test_every_documented_extra_exists() -> None:
+    extras = {"torch", "train", "serve", "data", "ray", "eval", "bench", "dev"}
+    assert extras <= PROJECT["optional-dependencies"].keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,9 @@ from modernbert_decoder.errors import InputError
 
 # Matrix kernels for one row and for many add up in another order: float32 rounding through a few layers.
 ROUNDING_TOLERANCE = 1e-5
+# Activations are rounded to 8 bits before every product: a last bit of float32 that another order of adding
+# changes can move one of them by a whole level. Relative to the logits, in the root mean square.
+QUANTIZED_TOLERANCE = 0.05
 LENGTH = 450
 NUM_SLOTS = 8
 CONTEXT_LENGTH = 640
@@ -38,10 +42,11 @@ ARCHITECTURES = {
 class Texts:
     """A runtime, and the logits of any text fed whole to another runtime of a single slot."""
 
-    def __init__(self, architecture: DecoderArchitecture, folder: Path) -> None:
+    def __init__(self, architecture: DecoderArchitecture, folder: Path, *, scheme: str = "float32") -> None:
         self.architecture = architecture
-        self.runtime = open_runtime(folder, num_slots=NUM_SLOTS, context_length=CONTEXT_LENGTH)
-        self._reference = open_runtime(folder, num_slots=1, context_length=CONTEXT_LENGTH)
+        options: dict[str, Any] = {"context_length": CONTEXT_LENGTH, "scheme": scheme}
+        self.runtime = open_runtime(folder, num_slots=NUM_SLOTS, **options)
+        self._reference = open_runtime(folder, num_slots=1, **options)
         self._known: dict[tuple[int, ...], Float32] = {}
 
     def ids(self, length: int, seed: int = 0) -> list[int]:
@@ -75,7 +80,19 @@ def texts(opened: Texts) -> Iterator[Texts]:
     """Every test finds and leaves all slots free; what earlier ones wrote into them stays there."""
     assert opened.runtime.cache.num_free == NUM_SLOTS
     yield opened
-    cache = opened.runtime.cache
+    free_all(opened)
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    """Packed weights and products as `LLM` has them by default, without `batch_invariant`."""
+    architecture = tiny_architecture(hidden_size=192, num_attention_heads=3)
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), architecture)
+    return Texts(architecture, folder, scheme=request.param)
+
+
+def free_all(texts: Texts) -> None:
+    cache = texts.runtime.cache
     while cache._slots:
         cache.free(cache._slots[-1])
 
@@ -143,6 +160,38 @@ def test_batched_prompts_equal_single_ones(texts: Texts, lengths: tuple[int, ...
     for slot, prompt, logits in zip(slots, prompts, results, strict=True):
         assert slot.length == len(prompt)
         assert relative_error(logits, texts.whole(prompt)) < ROUNDING_TOLERANCE
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (50, 50, 50), (1, 300, 1, 64)], ids=str)
+def test_quantized_batched_prompts_equal_single_ones(quantized: Texts, lengths: tuple[int, ...]) -> None:
+    prompts = [quantized.ids(length, seed) for seed, length in enumerate(lengths)]
+    slots = [quantized.runtime.cache.allocate() for _ in prompts]
+    results = quantized.runtime.step([Row(*row) for row in zip(slots, prompts, lengths, strict=True)])
+    for prompt, logits in zip(prompts, results, strict=True):
+        assert mean_error(logits, quantized.whole(prompt)) < QUANTIZED_TOLERANCE
+    free_all(quantized)
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 100])
+def test_quantized_chunks_equal_whole_prefill(quantized: Texts, chunk: int) -> None:
+    ids = quantized.ids(200)
+    slot = quantized.runtime.cache.allocate()
+    pieces = [ids[start : start + chunk] for start in range(0, len(ids), chunk)]
+    logits = [quantized.runtime.step([Row(slot, piece, len(piece))])[0].copy() for piece in pieces]
+    assert mean_error(np.concatenate(logits), quantized.whole(ids)) < QUANTIZED_TOLERANCE
+    free_all(quantized)
+
+
+def test_the_tolerance_of_quantized_texts_tells_one_wrong_token(quantized: Texts) -> None:
+    ids = quantized.ids(60)
+    changed = [*ids[:40], (ids[40] + 1) % 256, *ids[41:]]
+    error = mean_error(quantized.whole(changed)[40:], quantized.whole(ids)[40:])
+    assert error > 2 * QUANTIZED_TOLERANCE
+
+
+def mean_error(values: Float32, reference: Float32) -> float:
+    """The root mean square of the differences, relative to that of the reference."""
+    return float(np.linalg.norm(values - reference) / np.linalg.norm(reference))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from modernbert_decoder.engine.sampling import RequestSampler, SamplingParams
 from modernbert_decoder.engine.selection import (
     Workspace,
     draw,
@@ -152,3 +155,106 @@ def test_nucleus_equals_a_full_sort(kind: str, size: int, p: float, seed: int) -
     expected = np.zeros_like(before)
     expected[order[:num_kept]] = before[order[:num_kept]]
     assert np.array_equal(workspace.weights, expected)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "constant", "nearly constant"])
+@pytest.mark.parametrize("p", [0.001, 0.3, 0.5, 0.95])
+def test_nucleus_equals_a_full_sort_at_the_size_of_the_vocabulary(kind: str, p: float) -> None:
+    workspace = Workspace(VOCAB_SIZE)
+    row = make_row("normal" if kind == "nearly constant" else kind, VOCAB_SIZE, 17)
+    temperature = 1e6 if kind == "nearly constant" else 1.0  # all weights in one or two coarse bins
+    before = exponential_weights(row, row.max(), temperature, out=workspace.weights).copy()
+    order = np.argsort(-before, kind="stable")
+    cumulative = np.cumsum(before[order], dtype=np.float64)
+    mass = p * float(cumulative[-1])
+    keep_nucleus(workspace, mass)
+    num_kept = int((cumulative < mass).sum()) + 1
+    # The sum of the leading weights crosses the mass at one of two neighbours, as it is rounded.
+    assert int(np.count_nonzero(workspace.weights)) == pytest.approx(num_kept, abs=1)
+    expected = np.zeros_like(before)
+    leading = order[: int(np.count_nonzero(workspace.weights))]
+    expected[leading] = before[leading]
+    assert np.array_equal(workspace.weights, expected)
+
+
+class SortedLengths(list[int]):
+    """The lengths of what is sorted, by numpy's functions and by the methods of `Watched` arrays."""
+
+
+class Watched(np.ndarray[Any, Any]):
+    """An array whose derivatives, comparisons and copies included, tell when they are sorted."""
+
+    lengths: SortedLengths | None = None
+
+    def __array_finalize__(self, parent: Any) -> None:
+        self.lengths = getattr(parent, "lengths", None)
+
+    def __array_function__(self, *arguments: Any) -> Any:
+        """Joined arrays are derivatives, too."""
+        result = super().__array_function__(*arguments)
+        is_plain = type(result) is np.ndarray and self.lengths is not None
+        return watched(result, self.lengths) if is_plain else result
+
+    def argsort(self, *arguments: Any, **options: Any) -> Any:
+        if self.lengths is not None:
+            self.lengths.append(self.size)
+        return super().argsort(*arguments, **options)
+
+    def sort(self, *arguments: Any, **options: Any) -> None:
+        if self.lengths is not None:
+            self.lengths.append(self.size)
+        super().sort(*arguments, **options)
+
+
+def watched(array: NDArray[Any], lengths: SortedLengths) -> Watched:
+    view = array.view(Watched)
+    view.lengths = lengths
+    return view
+
+
+@pytest.fixture
+def sorted_lengths(monkeypatch: pytest.MonkeyPatch) -> SortedLengths:
+    lengths = SortedLengths()
+
+    def watch(name: str) -> None:
+        function: Callable[..., Any] = getattr(np, name)
+
+        def sort(array: Any, *arguments: Any, **options: Any) -> Any:
+            lengths.append(np.size(array))
+            return function(array, *arguments, **options)
+
+        monkeypatch.setattr(np, name, sort)
+
+    for name in ("sort", "argsort", "lexsort", "unique"):
+        watch(name)
+    return lengths
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "constant"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 64, "logprobs": 5},
+        {"top_k": 64, "top_p": 0.9, "min_p": 0.01},
+        {"top_k": 0, "top_p": 0.9},
+        {"top_k": 0, "top_p": 0.5, "temperature": 1e6, "logprobs": 20},
+        {"top_k": 0, "min_p": 0.02, "top_p": 0.99},
+        {"top_k": 0},
+        {"temperature": 0, "logprobs": 20},
+    ],
+    ids=str,
+)
+def test_sampling_never_sorts_a_large_part_of_the_vocabulary(
+    params: dict[str, Any], kind: str, sorted_lengths: SortedLengths
+) -> None:
+    workspace = Workspace(VOCAB_SIZE)
+    for name in ("processed", "weights"):
+        setattr(workspace, name, watched(getattr(workspace, name), sorted_lengths))
+    sampler = RequestSampler(
+        SamplingParams(**{"temperature": 1.0, "seed": 1, **params}), [], eos_token_ids=(), workspace=workspace
+    )
+    for seed in range(3):
+        sampler.sample(watched(make_row(kind, VOCAB_SIZE, seed), sorted_lengths))
+    assert max(sorted_lengths, default=0) < 5_000
+    if "logprobs" in params:
+        assert sorted_lengths, "the sorting of the leading logits was not seen"

@@ -382,3 +382,12 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(copied: Path) -> None:
     edit(copied / "tokenizer.json", decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})
     with pytest.raises(CheckpointError, match="the decoder is WordPiece, but only byte-level"):
         Tokenizer.from_folder(copied, architecture_of(BUNDLED))
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"model_max_length": %b}' % (b"1" * 5000), b"\xff\xfe", b"{", b""]
+)
+def test_a_damaged_tokenizer_config_is_named(copied: Path, content: bytes) -> None:
+    (copied / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"cannot read .*tokenizer_config\.json: .*Download or copy"):
+        Tokenizer.from_folder(copied, architecture_of(BUNDLED))

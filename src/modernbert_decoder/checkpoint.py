@@ -369,6 +369,7 @@ def _check_tensors(
     """Raise one error with every missing, unexpected, misshapen and wrongly typed tensor, if there is any."""
     found = {name: file.tensors[stored_name] for name, (file, stored_name) in stored.items()}
     shared = [name for name in expected if name in found]
+    allowed = {name: _allowed_dtypes(name, is_packed=is_packed) for name in shared}
     problems = {
         "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in found],
         "unexpected": [f"{name} {tensor.shape}" for name, tensor in found.items() if name not in expected],
@@ -378,9 +379,9 @@ def _check_tensors(
             if found[name].shape != tuple(expected[name])
         ],
         "of a type that cannot be used": [
-            f"{name}: {found[name].dtype}"
+            f"{name}: {found[name].dtype}" + (f" instead of {' '.join(allowed[name])}" if is_packed else "")
             for name in shared
-            if found[name].dtype not in _allowed_dtypes(name, is_packed=is_packed)
+            if found[name].dtype not in allowed[name]
         ],
     }
     lines = [f"  {len(entries)} {kind}: {_listed(entries)}" for kind, entries in problems.items() if entries]
@@ -396,11 +397,10 @@ def _check_tensors(
 
 
 def _allowed_dtypes(name: str, *, is_packed: bool) -> frozenset[str]:
+    """What a tensor may be stored as; those of a packed folder are computed with as they are."""
     if is_packed and name.endswith(".data"):
         return frozenset({"U8"})
-    if is_packed and name.endswith(".scales"):
-        return frozenset({"F32"})
-    return FLOAT_DTYPES
+    return frozenset({"F32"}) if is_packed else FLOAT_DTYPES
 
 
 def _identity(folder: Path, config_path: Path, files: Iterable[SafetensorsFile]) -> str:

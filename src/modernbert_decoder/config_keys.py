@@ -103,10 +103,16 @@ INERT_KEYS: Final = frozenset(
 )
 """Keys of the ModernBERT *encoder* that no decoder class reads: without effect at any value.
 
+They are the exception to the rule that a key passes at its harmless values only (`INERT_VALUES`): no value of
+theirs asks a decoder for other numbers, so to refuse one would only refuse good files. Decoders inherit them
+from the file of the encoder they were trained like, at whatever value that had, and a conversion carries them
+along. Even in the encoder, `reference_compile`, `deterministic_flash_attn` and `repad_logits_with_grad` only
+choose how the same numbers are computed, and `sparse_prediction` and `sparse_pred_ignore_index` choose for
+which positions a training step computes them.
+
 `classifier_pooling` deserves a word: released decoders inherited "cls" or "mean" from the encoder's file, but
 the decoder's classification head pools the last token that is not padding, whatever the key says. A causal
-model could not do otherwise with "cls" (the first token sees nothing else), so refusing the key would only
-refuse good files.
+model could not do otherwise with "cls" (the first token sees nothing else).
 """
 
 INERT_VALUES: Final[Mapping[str, tuple[object, ...]]] = {

@@ -23,6 +23,8 @@ from modernbert_decoder.atomic_files import new_file
 from modernbert_decoder.errors import CheckpointError
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_NUMBER_LIMIT = 2**63  # shapes and offsets are 64-bit integers; nothing of this size exists
+_MAX_DIMENSIONS = 32  # what every version of numpy can hold
 _ALIGNMENT = 64  # of the data section in files we write: a cache line, and more than any element needs
 
 # dtype name -> how numpy views the bytes; bfloat16, unknown to numpy, is viewed as its 16 raw bits
@@ -219,7 +221,9 @@ def _parse_header(path: Path, encoded: bytes) -> dict[str, Any]:
 
     try:
         header = json.loads(encoded.decode(), object_pairs_hook=without_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # undecodable bytes and numbers of endless digits included
         raise _damaged(path, f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
@@ -231,10 +235,13 @@ def _parse_entry(path: Path, name: str, entry: Any, data_begin: int) -> StoredTe
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        numbers = (*shape, begin, end)
+        if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < _NUMBER_LIMIT for n in numbers):
             raise TypeError
+        if len(shape) > _MAX_DIMENSIONS or math.prod(shape) >= _NUMBER_LIMIT:
+            raise ValueError
     except (TypeError, KeyError, ValueError) as error:
-        what = f"the header entry of tensor {name} is malformed: {entry!r:.200}"
+        what = f"the header entry of tensor {name:.200} is malformed: {entry!r:.200}"
         raise _damaged(path, what) from error
     if dtype not in _STORED_AS:
         raise CheckpointError(

@@ -400,7 +400,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # undecodable bytes and endless digits included
         raise CheckpointError(f"cannot read {path}: {error}. Download or copy it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__} instead of a JSON object")

@@ -19,7 +19,7 @@ from typing import Final, TextIO
 import click
 
 from modernbert_decoder import __version__
-from modernbert_decoder.cli.output import OutputError
+from modernbert_decoder.cli.output import OutputError, write
 from modernbert_decoder.errors import UserError
 
 # Each is a module beside this one that defines `command`.
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             code = _run(sys.argv[1:] if arguments is None else arguments)
-            _flush()
+            write("")  # what libraries printed
         except BrokenPipeError:
             _discard_further_output()
             return EXIT_CLOSED_PIPE
@@ -95,10 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _discard_further_output()
             return _report(str(error))
         except BaseException as error:
-            if not _stems_from_interrupt(error):
+            if _stems_from_interrupt(error):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C finds us on our way out
+                return EXIT_INTERRUPTED
+            if not isinstance(error, OSError) or not _stems_from_echo(error):
                 raise
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C finds us on our way out
-            return EXIT_INTERRUPTED
+            _discard_further_output()
+            return _report(f"cannot write to standard output: {error.strerror}")
     return code
 
 
@@ -146,11 +149,6 @@ def _tolerate_narrow_encodings() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _flush() -> None:
-    if sys.stdout is not None:
-        sys.stdout.flush()
-
-
 def _discard_further_output() -> None:
     """Sends what is still buffered nowhere, or Python would complain about it when it ends."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -166,6 +164,12 @@ def _is_broken(stream: TextIO) -> bool:
     except OSError:
         return True
     return False
+
+
+def _stems_from_echo(error: OSError) -> bool:
+    """Whether this is the failure of click itself to write: help, version."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code is click.echo.__code__ for frame in frames)
 
 
 def _stems_from_interrupt(error: BaseException) -> bool:

@@ -32,8 +32,7 @@ def command(clear: bool, as_json: bool) -> None:
         from modernbert_decoder.checkpoint import cache_folder
 
     folder = cache_folder()
-    entries = {name: _entries(folder / name) for name in KEPT}
-    sizes = {name: sum(map(_size, paths)) for name, paths in entries.items()}
+    entries, sizes = _contents(folder)
     if clear:
         for path in (path for paths in entries.values() for path in paths):
             _remove(path)
@@ -45,13 +44,39 @@ def command(clear: bool, as_json: bool) -> None:
     write_table(("removed" if clear else "kept", "entries", "size"), rows)
 
 
+def _contents(folder: Path) -> tuple[dict[str, list[Path]], dict[str, int]]:
+    """The entries of each kind, and their bytes together.
+
+    Raises:
+        InputError: the system does not let us look.
+    """
+    from modernbert_decoder.errors import InputError
+
+    try:
+        entries = {name: _entries(folder / name) for name in KEPT}
+        return entries, {name: sum(map(_size, paths)) for name, paths in entries.items()}
+    except OSError as error:
+        raise InputError(
+            f"cannot read the cache folder {folder}: {error.strerror or error}. Set MBD_CACHE to a folder of "
+            "your own, or change its permissions"
+        ) from error
+
+
 def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file())
+    return sum(_file_size(file) for file in files)
+
+
+def _file_size(path: Path) -> int:
+    """Bytes of a file; none of anything else, nor of what another process has just removed."""
+    try:
+        return path.lstat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def _remove(path: Path) -> None:

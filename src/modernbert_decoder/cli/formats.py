@@ -31,7 +31,7 @@ def decode_bytes(
     num_sequences: int = 1,
 ) -> int:
     """Bytes that one decode step of sequences of this length reads: the weights once for all."""
-    body, vocabulary = _bytes_per_weight(architecture, scheme)
+    body, vocabulary = bytes_per_weight(architecture, scheme)
     single = architecture.decode_bytes(
         body_bytes_per_weight=body,
         vocabulary_bytes_per_weight=vocabulary,
@@ -41,7 +41,7 @@ def decode_bytes(
     return single + (num_sequences - 1) * others
 
 
-def _bytes_per_weight(architecture: DecoderArchitecture, scheme: QuantizationScheme) -> tuple[float, float]:
+def bytes_per_weight(architecture: DecoderArchitecture, scheme: QuantizationScheme) -> tuple[float, float]:
     """Means over the layers' matrices and over the vocabulary matrix: blocks depend on a matrix's width."""
     num_bytes = {True: 0.0, False: 0.0}
     num_weights = {True: 0, False: 0}

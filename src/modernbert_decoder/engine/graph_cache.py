@@ -34,7 +34,7 @@ def cached_graph(
 ) -> bytes:
     """What `build_graph` returns for these arguments, from the cache folder where it is there.
 
-    A cache folder that cannot be written only costs the time to build the graph.
+    A cache folder that cannot be used only costs the time to build the graph.
     """
     levels = 127
     if scheme.body.is_per_row and products_saturate():
@@ -90,10 +90,13 @@ def _cached(path: Path, build: Callable[[], bytes]) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """The graph in a file that starts with its digest; None if it is not there or not whole."""
-    if not path.is_file():
+    """The graph in a file that starts with its digest; None if it is not there, not whole or not ours to
+    read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError:
         return None
-    content = path.read_bytes()
     digest, graph = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     return graph if hashlib.sha256(graph).digest() == digest else None
 

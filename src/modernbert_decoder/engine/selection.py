@@ -10,6 +10,8 @@ chunks), because numpy reduces over the outer axis several times faster than ove
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,9 @@ Row = NDArray[np.float32]
 _CHUNK_LENGTH = 64
 # exp of it, times any vocabulary, is still a float32.
 _SAFE_EXPONENT = 60.0
+# Bits of a float32 that a histogram's bins disregard, one level finer than the other: at the last one a bin
+# is one value. The first level has 64 bins per octave, each of the others cuts a bin into 256 or 512.
+_BIN_SHIFTS: Final = (17, 8, 0)
 
 
 class Workspace:
@@ -122,22 +127,35 @@ def keep_nucleus(workspace: Workspace, mass: float) -> None:
     """Sets to 0 in `workspace.weights` all but the smallest set of largest weights that sums to `mass`.
 
     Non-negative float32 numbers are ordered as their bits are, so the leading bits are a histogram's bins
-    (64 per octave), and only the bin in which the sum reaches `mass` has to be sorted. Ties are kept from the
-    lowest position on. Sums are float64.
+    (64 per octave). The bin in which the sum reaches `mass` is cut into finer ones by the bits behind them,
+    twice: what is left are ties, kept from the lowest position on, and nothing was sorted. Sums are float64.
     """
     weights, bins, masses = workspace.weights, workspace.bins, workspace.masses
-    np.right_shift(weights.view(np.int32), 17, out=bins)
+    bits = weights.view(np.int32)
+    np.right_shift(bits, _BIN_SHIFTS[0], out=bins)
     np.copyto(masses, weights)
-    cumulative = np.bincount(bins, weights=masses)[::-1].cumsum()
-    num_bins = nucleus_size(cumulative, mass)
-    edge = len(cumulative) - num_bins
-    above = float(cumulative[num_bins - 2]) if num_bins > 1 else 0.0
+    edge, above = _edge_bin(bins, masses, mass)
     positions = np.flatnonzero(bins == edge)
-    positions = positions[np.argsort(-weights[positions], kind="stable")]
+    for coarse, fine in pairwise(_BIN_SHIFTS):
+        first = edge << (coarse - fine)
+        finer = (bits[positions] >> fine) - first
+        place, mass_of_larger = _edge_bin(finer, weights[positions], mass - above)
+        edge, above = first + place, above + mass_of_larger
+        positions = positions[finer == place]
     kept = positions[: nucleus_size(np.cumsum(weights[positions], dtype=np.float64), mass - above)]
     kept_weights = weights[kept]
-    np.multiply(weights, bins > edge, out=weights)
+    np.multiply(weights, bits > edge, out=weights)
     weights[kept] = kept_weights
+
+
+def _edge_bin(
+    bins: NDArray[np.integer[Any]], masses: NDArray[np.floating[Any]], mass: float
+) -> tuple[int, float]:
+    """The bin in which the sum, from the largest bin down, reaches `mass`, and the sum of those above it."""
+    cumulative = np.bincount(bins, weights=masses)[::-1].cumsum()
+    num_bins = nucleus_size(cumulative, mass)
+    above = float(cumulative[num_bins - 2]) if num_bins > 1 else 0.0
+    return len(cumulative) - num_bins, above
 
 
 def draw(weights: Row | NDArray[np.float64], uniform: float) -> int:

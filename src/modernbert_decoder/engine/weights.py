@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -188,14 +189,14 @@ def _cached(checkpoint: Checkpoint, scheme: QuantizationScheme, *, threads: int)
     """The packed form of a checkpoint in the cache folder; None, with a warning, where it cannot be kept."""
     key = checkpoint.fingerprint() + json.dumps(scheme.to_dict(), sort_keys=True)
     folder = cache_folder() / "packed" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike pathlib, false where the cache may not be searched
         try:
             return _open_quietly(folder)
         except (CheckpointError, ConfigurationError, ModelNotFoundError):
             shutil.rmtree(folder, ignore_errors=True)  # damaged from outside: written anew
     try:
         quantize_checkpoint(checkpoint, scheme, folder, threads=threads, overwrite=True)
-    except WritingError as error:
+    except (WritingError, InputError) as error:  # the latter: what stands in its place cannot be removed
         warnings.warn(
             f"quantized weights cannot be kept, so every start quantizes again: {error}. "
             "Set MBD_CACHE to a writable folder, or write them once with `mbd quantize`",
