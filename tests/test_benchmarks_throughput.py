@@ -15,12 +15,15 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.results import from_json  # noqa: E402
 from benchmarks.summary import ENGINE, TRANSFORMERS, Spread  # noqa: E402
-from benchmarks.throughput.corpora import CORPORA  # noqa: E402
+from benchmarks.throughput.__main__ import PUBLICATION  # noqa: E402
+from benchmarks.throughput.corpora import CORPORA, chapters_of  # noqa: E402
 from benchmarks.throughput.measure import MemoryLine, MemorySample, Row, make_row  # noqa: E402
+from benchmarks.throughput.pipeline_worker import PipelineWorker  # noqa: E402
 from benchmarks.throughput.report import (  # noqa: E402
     FORMAT,
     ThroughputResults,
     best_ratios,
+    draw_memory,
     growth,
     page,
 )
@@ -105,6 +108,67 @@ def test_corpora_give_the_texts_they_promise(shared: Path) -> None:
         assert len(set(texts)) > 0.9 * len(texts)
         lengths.append(sum(map(len, texts)) / len(texts))
     assert lengths == sorted(lengths)
+
+
+def test_long_texts_begin_with_chapters_of_many_books_and_end_at_2000_tokens(shared: Path) -> None:
+    from tokenizers import Tokenizer
+
+    texts = CORPORA[2].texts(shared, "17m")
+    tokenizer = Tokenizer.from_file(str(shared / "data" / "ettin-tokenizer" / "tokenizer.json"))
+    lengths = [len(each.ids) for each in tokenizer.encode_batch(texts)]  # [CLS] and [SEP] are counted
+    assert max(lengths) <= 2_001  # a word cut in two may take another token
+    assert sum(length >= 1_999 for length in lengths) > len(texts) / 2
+    assert min(lengths) > 700
+    books = {
+        path.name: "\n\n" + path.read_text(encoding="utf-8") for path in (shared / "corpus").glob("*.txt")
+    }
+    found = set()
+    for text in texts:
+        heading = text.split("\n", 1)[0]
+        assert heading.isupper() or heading.lower().startswith("chapter")
+        found.add(next(name for name, book in books.items() if "\n\n" + text in book))
+    assert len(found) == len(texts)
+
+
+def test_chapters_are_told_by_their_headings() -> None:
+    long = "It was a long way to the sea. " * 150
+    spoken = '"HELP! HELP! HELP!"'
+    named = [f"CHAPTER {i}" if i % 2 else f"Chapter {i}. The way" for i in range(8)]
+    book = "A preface.\n\n" + "".join(f"{name}\n\n{long}\n\n{spoken}\n\n{long}\n\n" for name in named)
+    chapters = chapters_of(book + "A FABLE\n\nA short one.\n")
+    assert [chapter.split("\n")[0] for chapter in chapters] == named
+    assert all(chapter.count(long.strip()) == 2 for chapter in chapters)
+    assert chapters_of(f"A SIGN ON A DOOR\n\n{long}") == []
+
+
+def test_the_best_batch_size_is_that_of_the_fastest_try_and_sizes_take_turns() -> None:
+    class Scripted(PipelineWorker):
+        """Size 8 is the fastest; while it was tried first and last, something else ran."""
+
+        def __init__(self) -> None:
+            self.tried: list[int] = []
+
+        def classify(self, *, texts: str, batch_size: int) -> dict[str, Any]:
+            self.tried.append(batch_size)
+            seconds = {1: [9, 5, 5, 5], 8: [9, 2, 9], 32: [3, 3, 3]}[batch_size]
+            return {"seconds": seconds[self.tried.count(batch_size) - 1]}
+
+    worker = Scripted()
+    answer = worker.best_batch_size(texts="texts.json", sizes=[1, 8, 32], tries=3)
+    assert answer == {"batch_size": 8, "seconds": {1: 5, 8: 2, 32: 3}}
+    assert worker.tried == [1, *[1, 8, 32] * 3]
+
+
+def test_the_page_is_that_of_the_newest_results() -> None:
+    newest = max((ROOT / "benchmarks" / "results").glob("*-throughput.json"))
+    assert page(PUBLICATION.read(newest)) == (ROOT / "docs" / "throughput.md").read_text(encoding="utf-8")
+    assert (ROOT / "docs" / "throughput-memory.png").is_file()
+
+
+def test_memory_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw_memory([line([100, 101])], tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_too_small_a_corpus_is_an_error(tmp_path: Path) -> None:

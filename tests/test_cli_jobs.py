@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from checkpoints import tiny_architecture, write_checkpoint
+from hostile_texts import HOSTILE
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.cli import main
 from modernbert_decoder.cli.job_command import EXIT_ROWS_FAILED
@@ -292,6 +293,111 @@ def test_a_terminal_gets_a_bar_with_rows_per_second_and_others_none() -> None:
     assert b"rows/s" in shown
 
 
+def test_a_pattern_that_means_the_results_too_is_the_same_job_again(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    Path("a.csv").write_text("text\nx\ny\n")
+    arguments = ("score", "-i", "*.csv", "-o", "out.csv")
+    assert run(capfd, *arguments)[0].startswith("out.csv: 2 rows, in ")
+    assert run(capfd, *arguments)[0] == "out.csv: 2 rows, all of them there already\n"
+
+
+def tables(classifier: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Command -> arguments, and what its table is headed with."""
+    two = ["--candidate", " a", "--candidate", " b"]
+    return {
+        "classify": (
+            ["-m", classifier, "--all-labels"],
+            ["row", "text", "label", "score", "scores", "num_tokens"],
+        ),
+        "embed": ([], ["row", "text", "embedding", "num_tokens"]),
+        "rank": (two, ["row", "text", "best", "score", "ranking"]),
+        "rank by a query": (["--query", "king"], ["rank", "row", "text", "score"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["classify", "embed", "rank", "rank by a query"])
+def test_every_command_shows_a_table(name: str, classifier: str, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments, header = tables(classifier)[name]
+    out, err = run(capfd, name.split(maxsplit=1)[0], *arguments, *TEXTS)
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0].split() == header
+    assert len(lines) == 1 + len(TEXTS)
+    shown = {
+        "classify": lambda line: all(label in line for label in LABELS.values()),
+        "embed": lambda line: " more]" in line,
+        "rank": lambda line: {"a", "b"} <= {word.strip(",") for word in line.split()},
+        "rank by a query": lambda line: line.split()[0] in "123",
+    }[name]
+    assert all(map(shown, lines[1:]))
+
+
+def test_kept_lists_and_objects_are_shown_as_they_are(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("a.jsonl").write_text('{"text": "a", "x": [{"candidate": "c"}], "y": [], "z": {}}\n')
+    arguments = [argument for name in "xyz" for argument in ("--keep", name)]
+    out, _ = run(capfd, "score", "-i", "a.jsonl", *arguments)
+    assert out.splitlines()[1].split()[:5] == ["a.jsonl", "1", "[candidate", "c]", "[]"]
+    assert " {} " in out
+
+
+# Texts nobody expects
+
+
+def commands(classifier: str) -> dict[str, list[str]]:
+    return {
+        "classify": ["-m", classifier],
+        "score": [],
+        "embed": [],
+        "rank": ["--candidates-column", "c"],
+    }
+
+
+@pytest.mark.parametrize("name", ["classify", "score", "embed", "rank"])
+def test_hostile_texts_pass_from_files_to_files_of_every_format(
+    name: str, classifier: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    lines = [json.dumps({"text": text, "c": [text + "b", "a"]}) for text in HOSTILE.values()]
+    Path("a.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = (name, *commands(classifier)[name], "-i", "a.jsonl", "--keep", "text", "--quiet")
+    for suffix in ("jsonl", "csv", "parquet"):
+        assert run(capfd, *arguments, "-o", f"out.{suffix}") == ("", "")
+    found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in found] == list(HOSTILE.values())
+    assert [row["error"] for row in found] == [None] * len(HOSTILE)
+    stored = [text.encode("utf-8", "replace").decode() for text in HOSTILE.values()]
+    for rows_of_file in (
+        list(csv.DictReader(io.StringIO(Path("out.csv").read_bytes().decode(), newline=""))),
+        parquet.read_table("out.parquet").to_pylist(),
+    ):
+        assert [row["text"] for row in rows_of_file] == stored
+        assert not any(row["error"] for row in rows_of_file)
+
+
+@pytest.mark.parametrize("name", ["classify", "score", "embed", "rank"])
+def test_an_empty_text_is_a_text_but_for_score(
+    name: str, classifier: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("a.jsonl").write_text('{"text": "", "c": ["a", "b"]}\n{"text": "x", "c": ["a"]}\n')
+    arguments = (name, *commands(classifier)[name], "-i", "a.jsonl")
+    empty, other = rows(capfd, *arguments, code=EXIT_ROWS_FAILED if name == "score" else 0)
+    assert other["error"] is None
+    if name == "score":
+        assert "text is empty" in empty["error"]
+        (argument,) = rows(capfd, "score", "", code=EXIT_ROWS_FAILED)
+        assert "text is empty" in argument["error"]
+    else:
+        assert empty["error"] is None
+
+
+def test_no_text_at_all_is_no_error() -> None:
+    done = process("score")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(done.stdout.splitlines()) == 1  # the header
+    assert process("score", "--format", "jsonl").stdout == b""
+
+
 # Failing
 
 
@@ -382,13 +488,14 @@ def test_ray_is_started_and_stopped_by_the_command(
     classifier: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("ray")
-    Path("a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    lines = [*TEXTS, *(f"row {row}" for row in range(4097))]  # three blocks: there is work for two
+    Path("a.txt").write_text("\n".join(lines), encoding="utf-8")
     arguments = ("classify", "-m", classifier, "-i", "a.txt", "--threads", "1", "--all-labels")
     run(capfd, *arguments, "-o", "alone.csv")
     done = process(*arguments, "-o", "ray.csv", "--ray", "--workers", "2")
     assert done.returncode == 0
     assert b"Traceback" not in done.stderr  # Ray itself has notes of its own
-    assert done.stdout.startswith(b"ray.csv: 3 rows, in ")
+    assert done.stdout.startswith(b"ray.csv: 4,100 rows, in ")
     assert Path("ray.csv").read_bytes() == Path("alone.csv").read_bytes()
 
 

@@ -220,6 +220,18 @@ def test_columns_that_only_some_rows_have_are_columns_of_the_file(tmp_path: Path
     ]
 
 
+def test_columns_that_utf8_cannot_name_are_columns_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "\\ud800": 1, "\\ud801": 2, "?": 3}\n')
+    for suffix in FORMATS:
+        run(job_on(path, keep=("*",)), tmp_path / f"out.{suffix}")
+    (row,) = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert list(row)[:6] == ["file", "row", "text", "??", "???", "?"]
+    assert [row[name] for name in ("??", "???", "?")] == [1, 2, 3]
+    (as_json,) = read(tmp_path / "out.jsonl")
+    assert (as_json["\ud800"], as_json["\ud801"]) == (1, 2)
+
+
 def test_an_empty_input_gives_an_empty_file_with_its_header(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,id\n")
@@ -250,6 +262,21 @@ def test_a_classifier_without_the_label_is_refused(texts: Path, tmp_path: Path) 
         task = Rerank(query="q", by="classifier", label=label)
         with pytest.raises(InputError, match=f"^{message}.*no, yes, perhaps"):
             run(job_on(texts, task=task), tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "likelyhood"}, "by is 'likelyhood'; choose one of likelihood, classifier"),
+        ({"label": "yes"}, "label does not go with by='likelihood'"),
+        ({"truncate": True}, "truncate does not go with by='likelihood'"),
+        ({"max_length": 9}, "max_length does not go with by='likelihood'"),
+        ({"by": "classifier", "separator": " "}, "separator does not go with by='classifier'"),
+    ],
+)
+def test_reranking_refuses_what_it_would_not_look_at(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        Rerank(query="q", **options)
 
 
 def test_the_engine_is_fed_one_block_at_a_time(texts: Path) -> None:
@@ -508,6 +535,40 @@ def test_two_processes_do_not_write_the_same_file(texts: Path, tmp_path: Path) -
 def test_an_input_is_not_overwritten_by_its_results(texts: Path) -> None:
     with pytest.raises(InputError, match="is one of the inputs"):
         run(job_on(texts), texts, overwrite=True)
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "*"])
+def test_a_pattern_that_means_inputs_and_results_is_continued_and_done_once(
+    pattern: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+
+    def mapped() -> Summary:
+        return map_files(Classify(), [tmp_path / pattern], output, model=FakeEngine())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs_module.Inputs, "share_read", lambda *_: pytest.fail("stop"))
+        with pytest.raises(pytest.fail.Exception):
+            mapped()
+    assert (tmp_path / "out.jsonl.partial").exists()
+    assert mapped().num_computed == NUM_ROWS
+    before = output.read_bytes()
+    assert (mapped().num_rows, mapped().num_computed) == (NUM_ROWS, 0)
+    # Killed between the renaming of the file and the journal's word of it.
+    journal = tmp_path / "out.jsonl.job.json"
+    assert '"state": "complete"' in journal.read_text()
+    journal.write_text(journal.read_text().replace('"complete"', '"finishing"'))
+    assert mapped().num_computed == 0
+    assert output.read_bytes() == before
+    assert '"state": "complete"' in journal.read_text()
+
+
+def test_a_file_of_ones_own_that_a_pattern_means_is_not_taken_for_results(
+    texts: Path, tmp_path: Path
+) -> None:
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="is one of the inputs"):
+            map_files(Classify(), [tmp_path / "*"], texts, model=FakeEngine(), overwrite=overwrite)
 
 
 def test_a_full_disk_is_told_and_the_job_continued(

@@ -85,6 +85,8 @@ BAD_JSON = [
     (b"7", "not a JSON object but a number"),
     (b"null", "not a JSON object but null"),
     (b'{"text": NaN}', "not usable JSON: NaN is not a JSON number"),
+    (b'{"text": "a", "x": 1e999}', "not usable JSON: the number 1e999 is beyond what a float can hold"),
+    (b'{"text": "a", "x": [-1e400]}', "not usable JSON: the number -1e400 is beyond"),
     (b'{"text": "\xff"}', "not valid UTF-8: byte 11 of the row is 0xff"),
     (b"[" * 100_000, "not usable JSON: maximum recursion depth exceeded"),
     (b'{"n": ' + b"1" * 5000 + b"}", "not usable JSON: Exceeds the limit"),
@@ -326,6 +328,15 @@ def test_a_kept_column_with_the_name_of_a_result_is_renamed(tmp_path: Path) -> N
     assert inputs.kept_columns() == ["text", "input_label"]
 
 
+def test_no_kept_column_takes_the_place_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label,input_label,input_text\nx,spam,ham,y\n")
+    inputs = Inputs(files=(str(path),), columns=Columns(keep=("*",)), reserved=frozenset({"label"}))
+    (record,) = inputs.records()
+    assert record.kept == {"text": "x", "input_label": "spam", "input_input_label": "ham", "input_text": "y"}
+    assert inputs.kept_columns() == list(record.kept)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -352,6 +363,16 @@ def test_patterns_are_expanded_in_order_and_no_match_is_an_error(tmp_path: Path)
         expand_files([str(tmp_path / "*.jsonl")])
     with pytest.raises(InputError, match="there is no file"):
         expand_files([str(tmp_path / "d.txt")])
+
+
+def test_a_pattern_does_not_mean_what_is_left_out_and_a_name_does(tmp_path: Path) -> None:
+    for name in ("a.csv", "out.csv"):
+        (tmp_path / name).touch()
+    pattern, out = str(tmp_path / "*.csv"), tmp_path / "." / "out.csv"
+    assert [Path(name).name for name in expand_files([pattern], but=[out])] == ["a.csv"]
+    assert expand_files([out], but=[out]) == (str(out),)
+    with pytest.raises(InputError, match="no file matches"):
+        expand_files([str(tmp_path / "o*.csv")], but=[out])
 
 
 # Blocks

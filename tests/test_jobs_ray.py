@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +16,23 @@ import pytest
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
+import counting_engine  # noqa: E402
 import dying_engine  # noqa: E402
 from checkpoints import tiny_architecture, write_checkpoint  # noqa: E402
 from modernbert_decoder.architecture import Head  # noqa: E402
+from modernbert_decoder.cli import main  # noqa: E402
 from modernbert_decoder.errors import InputError  # noqa: E402
 from modernbert_decoder.jobs import inputs as inputs_module  # noqa: E402
 from modernbert_decoder.jobs.inputs import Columns, Inputs  # noqa: E402
 from modernbert_decoder.jobs.job import EngineOptions, Job, Listeners, run_to_file  # noqa: E402
 from modernbert_decoder.jobs.map_over_files import map_files  # noqa: E402
-from modernbert_decoder.jobs.ray_workers import RayOptions, compute_with_ray, shares  # noqa: E402
-from modernbert_decoder.jobs.tasks import Classify, ScoreTexts  # noqa: E402
+from modernbert_decoder.jobs.ray_workers import (  # noqa: E402
+    RayOptions,
+    _for_workers,
+    compute_with_ray,
+    shares,
+)
+from modernbert_decoder.jobs.tasks import Classify, Embed, Rank, Rerank, ScoreTexts, Task  # noqa: E402
 
 TWO_WORKERS = RayOptions(workers=2, threads=1)
 
@@ -84,6 +95,11 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_checkpoint(tmp_path_factory.mktemp("models") / "classifier", architecture))
 
 
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_checkpoint(tmp_path_factory.mktemp("models") / "lm", tiny_architecture()))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_labels_of_two_workers_are_those_of_one_process_even_if_a_worker_dies(
     files: list[str], classifier: str, tmp_path: Path
@@ -98,6 +114,95 @@ def test_labels_of_two_workers_are_those_of_one_process_even_if_a_worker_dies(
     assert mark.exists(), "no worker died"
     assert (shared.num_rows, shared.num_errors) == (alone.num_rows, alone.num_errors) == (281, 2)
     assert Path("shared.jsonl").read_bytes() == Path("alone.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "task", [Embed(), Rank(candidates=(" a", " b")), Rerank(query="q")], ids=lambda task: task.name
+)
+def test_two_engines_are_opened_once_each_and_work_at_the_same_time(
+    task: Task, files: list[str], lm: str, tmp_path: Path
+) -> None:
+    engine = EngineOptions(model=lm, dtype="float32", threads=1)
+    map_files(task, files, "alone.jsonl", model=engine)
+    opened = tmp_path / "opened"
+    opened.mkdir()
+    ray.cloudpickle.register_pickle_by_value(counting_engine)
+    counting = counting_engine.CountingEngine(model=lm, dtype="float32", threads=1, folder=str(opened))
+    context = ray.data.DataContext.get_current()
+    before = (context.execution_options.preserve_order, context.enable_progress_bars)
+    map_files(task, files, "shared.jsonl", model=counting, ray=TWO_WORKERS)
+    assert (context.execution_options.preserve_order, context.enable_progress_bars) == before != (True, False)
+    processes = [path.name.split("-")[0] for path in opened.iterdir()]
+    assert len(processes) == len(set(processes)) == 2
+    assert str(os.getpid()) not in processes
+    assert Path("shared.jsonl").read_bytes() == Path("alone.jsonl").read_bytes()
+
+
+# Blocks as small as those of `files`; killed by itself when so many are written.
+COMMAND = """
+import os, signal, sys
+from modernbert_decoder.cli import main
+from modernbert_decoder.jobs import inputs, resumable
+
+inputs.BLOCK_ROWS = 30
+num_blocks = int(sys.argv[1])
+append = resumable.ResumableOutput.append
+
+def appended(*arguments, **values):
+    global num_blocks
+    append(*arguments, **values)
+    num_blocks -= 1
+    if not num_blocks:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+resumable.ResumableOutput.append = appended
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_joins_a_cluster_and_goes_on_without_it_when_killed(
+    files: list[str], classifier: str
+) -> None:
+    arguments = ["classify", "-m", classifier, "-i", "a.txt", "-i", "b.csv", "--threads", "1", "--quiet"]
+    engine = EngineOptions(model=classifier, threads=1)
+    map_files(Classify(), files, "alone.jsonl", model=engine)
+    address = ray.get_runtime_context().gcs_address
+
+    def joined(num_blocks: int, output: str) -> subprocess.CompletedProcess[str]:
+        ray_arguments = ["--workers", "2", f"--ray={address}"]
+        command = [sys.executable, "-c", COMMAND, str(num_blocks), *arguments, *ray_arguments, "-o", output]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    done = joined(-1, "joined.jsonl")
+    assert done.returncode == 3, done.stderr  # two rows cannot be used
+    assert "Traceback" not in done.stderr
+    assert Path("joined.jsonl").read_bytes() == Path("alone.jsonl").read_bytes()
+    assert [node["Alive"] for node in ray.nodes()] == [True]
+
+    killed = joined(2, "killed.jsonl")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert '"num_rows": 60' in Path("killed.jsonl.job.json").read_text()
+    assert not Path("killed.jsonl").exists()
+    assert main([*arguments, "-o", "killed.jsonl"]) == 3
+    assert Path("killed.jsonl").read_bytes() == Path("alone.jsonl").read_bytes()
+
+
+def test_names_of_folders_are_completed_for_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "adapters" / "one").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    engine = EngineOptions(model="model", adapter="adapters/one")
+    job = Job(task=ScoreTexts(), inputs=Inputs(files=("a.txt",)), engine=engine)
+    told = _for_workers(job, threads=3)
+    assert (told.engine.model, told.engine.adapter) == (
+        str(tmp_path / "model"),
+        str(tmp_path / "adapters/one"),
+    )
+    assert (told.engine.threads, told.inputs.folder) == (3, str(tmp_path))
+    hub = Job(task=ScoreTexts(), inputs=Inputs(), engine=EngineOptions(model="somebody/a-model"))
+    assert _for_workers(hub, threads=1).engine == EngineOptions(model="somebody/a-model", threads=1)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,6 +6,7 @@ The reference's tokenizer of text generation feeds `[CLS] text` without `[SEP]`,
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
+import modernbert_decoder.pytorch  # noqa: E402
 from modernbert_decoder import pipeline  # noqa: E402
 from modernbert_decoder.architecture import Head  # noqa: E402
 from modernbert_decoder.pipelines.torch_pipeline import prompt_without_sep  # noqa: E402
@@ -46,9 +48,9 @@ CLASSIFIERS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def reference(task: str, name: str, folder: Path) -> Any:
-    """transformers' pipeline with its own class of that name, whatever classes are registered."""
-    model = getattr(transformers, f"ModernBertDecoder{name}").from_pretrained(folder, dtype=torch.float32)
+def reference(task: str, name: str, folder: Path, *, classes: Any = transformers) -> Any:
+    """transformers' pipeline with its own class of that name, or ours, whatever classes are registered."""
+    model = getattr(classes, f"ModernBertDecoder{name}").from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return transformers.pipeline(task, model=model, tokenizer=tokenizer, device=-1)
 
@@ -137,12 +139,22 @@ def test_truncated_texts_and_pairs_give_the_same_scores(
     assert ours(inputs, **options) == close_to([theirs(item, **options) for item in inputs])
 
 
-@pytest.fixture(scope="module")
-def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+@pytest.fixture(scope="module", params=["upstream", "wing"])
+def classifiers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The engine, and transformers' pipeline on its own classes or on those of the PyTorch wing."""
     folder = write_with_tokenizer(tmp_path_factory.mktemp("cls"), head=CLASSIFIER, id2label=NLI_LABELS)
-    theirs = reference("text-classification", "ForSequenceClassification", folder)
+    classes = transformers if request.param == "upstream" else modernbert_decoder.pytorch
+    theirs = reference("text-classification", "ForSequenceClassification", folder, classes=classes)
+    own = "modernbert_decoder" if request.param == "wing" else "transformers"
+    assert type(theirs.model).__module__.startswith(f"{own}.")
     with pipeline("text-classification", folder) as ours:  # type: ignore[attr-defined]
         yield ours, theirs
+
+
+def test_pairs_and_texts_beyond_the_window_give_the_references_scores(classifiers: Any) -> None:
+    ours, theirs = classifiers
+    for inputs in (TEXTS, PAIRS):
+        assert ours(inputs, top_k=None) == close_to(theirs(inputs, top_k=None))
 
 
 def test_padding_and_batches_give_the_references_scores(classifiers: Any) -> None:
@@ -226,6 +238,58 @@ def test_the_torch_wing_runs_the_bundled_model_by_name() -> None:
     with pipeline("text-generation", "storyteller") as ours:  # type: ignore[attr-defined]
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
         assert ours(PROMPTS[:2], **options) == wing(PROMPTS[:2], **options)
+
+
+def test_a_gpu_is_the_torch_wing_with_our_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is told to have one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    from modernbert_decoder.pytorch import ModernBertDecoderConfig
+
+    folder = write_with_tokenizer(tmp_path / "m", head=CLASSIFIER)
+    calls: list[dict[str, Any]] = []
+    registered: list[bool] = []
+
+    def recorded(**arguments: Any) -> str:
+        calls.append(arguments)
+        return "built"
+
+    register = modernbert_decoder.pytorch.register_auto_classes
+
+    def register_and_tell() -> None:
+        registered.append(True)
+        register()
+
+    # The library puts another object of its name in its place when it is imported.
+    monkeypatch.setattr(sys.modules["transformers"], "pipeline", recorded)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(modernbert_decoder.pytorch, "register_auto_classes", register_and_tell)
+    for device, expected in ((0, 0), ("cuda:0", "cuda:0"), (torch.device("cuda", 0), "cuda:0")):
+        assert pipeline("text-classification", folder, device=device, top_k=2) == "built"
+        assert calls.pop() == {
+            "task": "text-classification",
+            "model": str(folder),
+            "device": expected,
+            "dtype": "auto",
+            "top_k": 2,
+        }
+        assert registered.pop()
+    chosen = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[ModernBertDecoderConfig]
+    assert chosen is modernbert_decoder.pytorch.ModernBertDecoderForSequenceClassification
+    with pytest.raises(ValueError, match="PyTorch sees 1 such device here"):
+        pipeline("text-classification", folder, device=1)
+    assert not calls
+
+
+def test_a_model_object_has_its_dtype_already(tmp_path: Path) -> None:
+    folder = write_with_tokenizer(tmp_path / "m", head=CLASSIFIER)
+    wing: Any = pipeline("text-classification", folder, engine="torch", dtype="float32")
+    again: Any
+    for dtype in ("auto", None, torch.float32):
+        again = pipeline("text-classification", wing.model, tokenizer=wing.tokenizer, dtype=dtype)
+        assert again.model.dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype 'float16' comes too late: the model is loaded, as float32"):
+        pipeline("text-classification", wing.model, tokenizer=wing.tokenizer, dtype=torch.float16)
 
 
 def test_the_torch_wing_warns_of_a_classifier_that_is_not_trained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -71,6 +72,16 @@ def close_to(expected: Any) -> Any:
 
 
 # --- the factory ---
+
+
+def test_every_argument_of_transformers_pipeline_is_an_argument() -> None:
+    transformers = pytest.importorskip("transformers")
+    parameters = inspect.signature(pipeline).parameters
+    theirs = inspect.signature(transformers.pipeline).parameters
+    assert "kwargs" in parameters  # of the task, on both sides
+    assert not set(theirs) - set(parameters)
+    positional = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    assert list(theirs)[: len(positional)] == positional
 
 
 def test_pipeline_is_a_public_name_and_loads_no_torch(folders: Mapping[str, Path]) -> None:
@@ -513,6 +524,22 @@ def test_arguments_of_classification_that_mean_nothing_are_refused(
     with pytest.raises(InputError) as caught:
         classifier("Hello over there", **arguments)
     assert words in str(caught.value)
+
+
+def test_a_megabyte_without_a_space_is_cut_by_every_pipeline(
+    classifier: EnginePipeline, folders: Mapping[str, Path]
+) -> None:
+    huge = "x" * 1_000_000
+    (cut,) = classifier(huge, truncation=True)
+    assert cut == close_to(classifier(huge[:20_000], truncation=True)[0])
+    assert classifier([huge, "Hello"], truncation=True)[1] == close_to(classifier("Hello")[0])
+    with engine_pipeline("zero-shot-classification", folders["nli"]) as run:
+        result = run(huge, LABELS)
+        assert result["scores"] == close_to(run(huge[:20_000], LABELS)["scores"])
+    with engine_pipeline("feature-extraction", folders["bare"], return_tensors=True) as run:
+        states = run(huge, truncation=True, max_length=9)
+        assert states == pytest.approx(run(huge[:500], truncation=True, max_length=9), abs=TOLERANCE)
+        assert states.shape[:2] == (1, 9)
 
 
 # --- zero-shot classification ---

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import CLS, PAD, SEP, random_ids
+from hostile_texts import HOSTILE
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.checkpoint import Checkpoint
 from modernbert_decoder.engine.llm import LLM
@@ -120,6 +121,29 @@ def test_answers_of_rounded_activations_do_not_depend_on_the_company(
     # bit before rounding to 8 bits may move a value by one level, in few texts.
     assert np.median(errors) < 1e-6
     assert errors.max() < 0.03
+
+
+@pytest.mark.parametrize(("which", "budget", "longest"), [(0, 2048, 320), (1, 100, 320), (2, 9, 80)])
+def test_batches_keep_the_token_budget_and_hold_texts_of_like_length(
+    models: list[LLM], which: int, budget: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = models[which]
+    assert llm._reader.max_batch_tokens == budget
+    calls: list[list[int]] = []
+    read = llm._runtime.read
+
+    def recorded(piece: Any, *, logits: Any = None) -> Any:
+        calls.append([len(ids) for ids in piece.token_ids])
+        return read(piece, logits=logits)
+
+    monkeypatch.setattr(llm._runtime, "read", recorded)
+    lengths = np.random.default_rng(1).permutation(np.arange(1, longest + 1)).tolist()
+    vectors = llm.embed([unpadded_ids(llm, length, seed=length) for length in lengths])
+    assert len(vectors) == len(lengths)
+    assert sum(map(sum, calls)) == sum(lengths), "every token is fed once"
+    padded = [len(call) * max(call) for call in calls]
+    assert max(padded) <= budget
+    assert sum(padded) <= 1.1 * sum(lengths) + 24 * len(calls)
 
 
 def test_results_come_in_the_order_of_the_texts_from_any_iterable(classifiers: list[LLM]) -> None:
@@ -316,6 +340,17 @@ def test_truncated_texts_are_their_first_tokens(classifiers: list[LLM], pair: bo
     assert cut_ids.num_tokens == 40
 
 
+def test_padding_that_a_cut_uncovers_is_padding_too(classifiers: list[LLM]) -> None:
+    llm = classifiers[0]
+    cut, expected = llm.classify([[CLS, 97, PAD, PAD, 98], [CLS, 97]], truncate=True, max_length=4)
+    assert cut == expected
+    whole, _ = llm.classify([[CLS, 97, PAD, PAD, 98], [CLS]])
+    assert whole.num_tokens == 5
+    (nothing,) = llm.iter_classify([[PAD, PAD, 97]], truncate=True, max_length=2)
+    assert isinstance(nothing, TextError)
+    assert "all padding" in nothing.message
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4", "w8a8"])
 def test_a_packed_classifier_folder_gives_the_labels_of_the_original(
     folders: dict[Head, Path], tmp_path: Path, dtype: str
@@ -341,11 +376,13 @@ def test_every_head_embeds_and_gives_states(folders: dict[Head, Path], head: Hea
         last = llm.embed(TEXTS, normalize=False)
         mean = llm.embed(TEXTS, pooling="mean", normalize=False)
         unit = llm.embed(TEXTS)
+        unit_mean = llm.embed(TEXTS, pooling="mean")
     assert last.dtype == np.float32
     for i, each in enumerate(states):
         assert np.abs(last[i] - each[-1]).max() < TOLERANCE
         assert np.abs(mean[i] - each.mean(axis=0)).max() < TOLERANCE
         assert np.abs(unit[i] - each[-1] / np.linalg.norm(each[-1])).max() < TOLERANCE
+        assert np.abs(unit_mean[i] - mean[i] / np.linalg.norm(mean[i])).max() < TOLERANCE
 
 
 def test_no_texts_give_no_vectors(models: list[LLM]) -> None:
@@ -472,16 +509,6 @@ def test_labels_share_one_reading_of_the_text(models: list[LLM], monkeypatch: py
 
 # --- texts nobody expects ---
 
-HOSTILE = {
-    "NUL bytes": "a\0b\0",
-    "lone surrogates": "\ud83d and \udc00",
-    "emoji": "\N{WOMAN}\N{ZERO WIDTH JOINER}\N{ROCKET}" * 5,
-    "right to left": "\N{ARABIC LETTER BEH}\N{RIGHT-TO-LEFT MARK}" * 10,
-    "controls": "".join(map(chr, range(32))),
-    "special tokens": "[CLS][SEP][PAD]",
-    "only spaces": "  \t\n ",
-}
-
 
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> tuple[LLM, LLM]:
@@ -518,6 +545,43 @@ def test_a_megabyte_without_a_space_is_truncated_or_refused(models: list[LLM]) -
     (too_long,) = models[0].iter_score([text])
     assert isinstance(too_long, TextError)
     assert "stride" in too_long.message
+
+
+def test_a_megabyte_without_a_space_is_classified_cut_or_refused(classifiers: list[LLM]) -> None:
+    text, short = "x" * 1_000_000, "y"
+    refused, fine = classifiers[0].iter_classify([text, short])
+    assert isinstance(refused, TextError)
+    assert "1000002 tokens and at most 700" in refused.message
+    expected = logits_of(classifiers[0].classify([short]))
+    assert np.abs(np.subtract(logits_of([fine]), expected)).max() < TOLERANCE
+    cut, whole = classifiers[0].classify([text, "x" * (CONTEXT - 2)], truncate=True)
+    assert cut.num_tokens == whole.num_tokens == CONTEXT
+    assert np.abs(np.subtract(cut.logits, whole.logits)).max() < TOLERANCE
+    pair = classifiers[0].classify([(short, text)], truncate=True)
+    assert pair[0].num_tokens == CONTEXT
+
+
+def test_a_megabyte_without_a_space_ranks_nothing_and_stops_nothing(models: list[LLM]) -> None:
+    text = "x" * 1_000_000
+    good = ("The sky is", [" blue", " green"])
+    first, long_text, long_candidate, last = models[0].iter_rank(
+        [good, (text, [" blue"]), ("The sky is", [text]), good]
+    )
+    for refused in (long_text, long_candidate):
+        assert isinstance(refused, TextError)
+        assert "the context holds 700" in refused.message
+    for fine in (first, last):
+        assert not isinstance(fine, TextError)
+        assert len(fine) == 2
+
+
+def test_nothing_at_all_cannot_be_scored_and_stops_nothing(models: list[LLM]) -> None:
+    first, nothing, last = models[0].iter_score(["a", "", "b"])
+    assert isinstance(nothing, TextError)
+    assert "text is empty" in nothing.message
+    for text, score in (("a", first), ("b", last)):
+        assert isinstance(score, Score)
+        assert score.num_bytes == len(text)
 
 
 def test_a_megabyte_without_a_space_is_scored(bundled: tuple[LLM, LLM]) -> None:
@@ -585,6 +649,33 @@ def test_a_bad_text_is_an_error_in_its_place_and_stops_nothing(
     for outputs in results:
         assert [isinstance(output, TextError) for output in outputs] == [False, True, False]
         assert outputs[1].message
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        7,
+        "ab",
+        ("ab", "c"),
+        ([1],),
+        ([1], None),
+        ([1], 2),
+        ([1], []),
+        ([1], [[]]),
+        ([1], [None]),
+        ([1], "a"),
+    ],
+    ids=repr,
+)
+def test_bad_likelihoods_are_errors_in_their_place(models: list[LLM], bad: Any) -> None:
+    good = ([CLS, 97], [[98], [99, 100]])
+    first, error, last = models[0].iter_likelihoods([good, bad, good])
+    assert isinstance(error, TextError)
+    assert error.message
+    assert not isinstance(first, TextError)
+    assert not isinstance(last, TextError)
+    assert [each.logprob for each in first] == pytest.approx([each.logprob for each in last])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from benchmarks.throughput.models import ensure_classifier
 ENGINE_DTYPES = ("float32", "int8", "w8a8")
 _BATCH_SIZES = {"short": (1, 8, 32, 128), "medium": (1, 8, 32, 128), "long": (1, 2, 4)}
 # Texts that the search for the best batch size looks at: enough for two of the largest batches.
-_SEARCH_TEXTS = {"short": 256, "medium": 256, "long": 4}
+_SEARCH_TEXTS = {"short": 256, "medium": 256, "long": 8}
+_SEARCH_TRIES = 3
 _SETTLE_SECONDS = 0.05
 _MEMORY_DTYPE = "int8"
 
@@ -208,7 +209,8 @@ def _best_batch_size(corpus: Corpus, size: str, texts: list[str], pipeline: _Loa
     part = texts[: _SEARCH_TEXTS[corpus.name]]
     path = _write(plan.folder / f"texts-search-{corpus.name}-{size}.json", part)
     sizes = _BATCH_SIZES[corpus.name]
-    return pipeline.worker.ask("best_batch_size", texts=str(path), sizes=sizes)["batch_size"]
+    answer = pipeline.worker.ask("best_batch_size", texts=str(path), sizes=sizes, tries=_SEARCH_TRIES)
+    return int(answer["batch_size"])
 
 
 def _write(path: Path, texts: list[str]) -> Path:

@@ -118,6 +118,7 @@ class JobOptions:
             InputError: a file is not there, or a text is not valid UTF-8.
         """
         from modernbert_decoder.jobs.inputs import STANDARD_INPUT, Columns, Inputs, expand_files
+        from modernbert_decoder.jobs.resumable import files_of_job
         from modernbert_decoder.jobs.tasks import reserved_names
 
         for number, text in enumerate(self.texts, 1):
@@ -132,7 +133,8 @@ class JobOptions:
             candidates=candidates_column,
             keep=self.keep or ((self.column,) if is_shown else ()),
         )
-        files = expand_files(self.input) if self.input or self.texts else (STANDARD_INPUT,)
+        results = () if self.output is None else files_of_job(self.output)
+        files = expand_files(self.input, but=results) if self.input or self.texts else (STANDARD_INPUT,)
         return Inputs(
             files=files,
             texts=self.texts,

@@ -35,7 +35,7 @@ def write_result_table(blocks: Iterable[Iterator[Mapping[str, Any]]], columns: M
 
 
 def _cells(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
-    return [_cell(row.get(name)) for name in columns]
+    return [_cell(row.get(name), kind) for name, kind in columns.items()]
 
 
 def _write_line(
@@ -49,11 +49,13 @@ def _write_line(
     write("  ".join(["  ".join(aligned).rstrip(), *reason]) + "\n")
 
 
-def _cell(value: Any) -> str:
-    r"""A value in few characters.
+def _cell(value: Any, kind: str = "json") -> str:
+    r"""A value in few characters; what its kind does not tell, its own type does.
 
     >>> _cell(0.123456), _cell([0.5, 1, 2, 3, 4, 5]), _cell("two\nlines"), _cell({"a": 0.25, "b": 0.75})
     ('0.1235', '[0.5, 1, 2, 3, ... 2 more]', 'two lines', 'a 0.25, b 0.75')
+    >>> _cell([]), _cell({}), _cell([{"candidate": " a", "score": -1.0}], "ranking")
+    ('[]', '{}', 'a -1')
     """
     if value is None:
         return ""
@@ -61,12 +63,12 @@ def _cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, str):
         return _cut(value)
-    if isinstance(value, list) and all(isinstance(item, dict) and "candidate" in item for item in value):
+    if kind == "ranking":
         return _cut(", ".join(f"{item['candidate'].strip()} {item['score']:.4g}" for item in value))
     if isinstance(value, list):
         more = [f"... {len(value) - _MAX_ITEMS} more"] if len(value) > _MAX_ITEMS else []
         return "[" + ", ".join([*map(_cell, value[:_MAX_ITEMS]), *more]) + "]"
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return _cut(", ".join(f"{name} {_cell(item)}" for name, item in value.items()))
     return json.dumps(value)
 

@@ -9,7 +9,7 @@ Legend: n wanted positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,14 @@ class _Judged:
         return [passage.likelihood(i) for i in range(len(passage.continuations))]
 
 
+def _checked(text: Any) -> tuple[Any, list[Any]]:
+    """A context and a list of continuations, whatever ids they hold."""
+    is_continued = isinstance(text, tuple | list) and len(text) == 2
+    if not is_continued or isinstance(text[1], str | bytes) or not isinstance(text[1], Iterable):
+        raise InputError(f"give the ids of a context and a list of continuations' ids, got {text!r:.60}")
+    return text[0], list(text[1])
+
+
 class Likelihoods:
     """The likelihood of each continuation of each context.
 
@@ -147,7 +155,7 @@ class Likelihoods:
         return items
 
     def _item(self, text: Any) -> _Judged:
-        context_ids, continuations = text
+        context_ids, continuations = _checked(text)
         context = checked_ids(context_ids, self._vocab_size)
         if not continuations:
             raise InputError("there are no continuations; give at least one")

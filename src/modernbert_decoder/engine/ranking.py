@@ -177,12 +177,12 @@ class Ranking:
         ids = self._tokenizer.encode_continuations(text, continuations)
         for tail, continuation in zip(ids.tails, continuations, strict=True):
             if tail == ids.own:
-                raise InputError(f"the candidate {continuation!r} adds nothing to the text's tokens")
+                raise InputError(f"candidates: {continuation!r:.60} adds nothing to the text's tokens")
             num_tokens = len(ids.head) + len(tail)
             if num_tokens > self._context:
                 raise InputError(
-                    f"text and candidate {continuation!r} have {num_tokens} tokens together and the context "
-                    f"holds {self._context}; shorten the text"
+                    f"text and candidate {continuation!r:.60} have {num_tokens} tokens together and the "
+                    f"context holds {self._context}; shorten the text"
                 )
         return Prefix([ids.head + tail for tail in ids.tails], num_text=len(ids.head) + len(ids.own))
 
@@ -251,18 +251,18 @@ def read_branching(
 def _checked(question: Any) -> Question:
     is_question = isinstance(question, tuple | list) and len(question) == 2
     if not is_question or not isinstance(question[0], str):
-        raise InputError(f"to rank, give text and a list of candidates, got {question!r}")
+        raise InputError(f"to rank, give text and a list of candidates, got {question!r:.60}")
     text, candidates = question
     if (
         isinstance(candidates, str)
         or not isinstance(candidates, Sequence)
         or not all(isinstance(candidate, str) for candidate in candidates)
     ):
-        raise InputError(f"candidates must be a list of texts, got {candidates!r}")
+        raise InputError(f"candidates must be a list of texts, got {candidates!r:.60}")
     if not candidates:
         raise InputError("there are no candidates to rank; give at least one")
     if "" in candidates:
-        raise InputError("a candidate is empty; there is nothing to rank it by")
+        raise InputError("candidates: one is empty; there is nothing to rank it by")
     return text, candidates
 
 

@@ -85,14 +85,21 @@ class TemplateEncoder:
             raise InputError(
                 f"a pair of texts is a tuple, not a list: pass ({text[0]!r:.30}, {text[1]!r:.30})"
             )
-        ids = checked_ids(text, self._vocab_size)
-        while ids and ids[-1] in self._padding:  # padding says that the text has ended
-            ids.pop()
-        if not ids:
-            raise InputError("the token ids are all padding; give at least one other token")
-        if len(ids) > self._max_length and not self._truncate:
+        ids = self._without_padding(checked_ids(text, self._vocab_size))
+        if len(ids) <= self._max_length:
+            return ids
+        if not self._truncate:
             raise TextTooLongError(len(ids), self._max_length)
-        return ids[: self._max_length]
+        return self._without_padding(ids[: self._max_length])
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        """The ids up to the last one that is no padding, which says that the text has ended."""
+        num_tokens = len(ids)
+        while num_tokens and ids[num_tokens - 1] in self._padding:
+            num_tokens -= 1
+        if not num_tokens:
+            raise InputError("the token ids are all padding; give at least one other token")
+        return ids[:num_tokens]
 
 
 def _with_advice(error: TextTooLongError) -> ArgumentError:

@@ -10,7 +10,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ ALL_COLUMNS: Final = "*"
 BLOCK_ROWS: Final = 2048
 BLOCK_CHARACTERS: Final = 128 << 10  # a few seconds' work, which is what a killed run may have to repeat
 BLOCK_KEPT_CHARACTERS: Final = 4 << 20  # what is carried along is no work, but has to be held
+_RENAMED: Final = "input_"
 _DELIMITERS: Final = {".csv": ",", ".tsv": "\t"}
 
 
@@ -304,22 +305,37 @@ class Inputs:
         return {self._result_name(name): values.get(name) for name in wanted}
 
     def _result_name(self, name: str) -> str:
-        return f"input_{name}" if name in self.reserved else name
+        """No two columns get one name: `label` becomes `input_label`, and that `input_input_label`."""
+        own = name
+        while own.startswith(_RENAMED):
+            own = own.removeprefix(_RENAMED)
+        return _RENAMED + name if own in self.reserved else name
 
 
-def expand_files(patterns: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+def expand_files(
+    patterns: Sequence[str | os.PathLike[str]], *, but: Collection[Path] = ()
+) -> tuple[str, ...]:
     """File names as they are, and those that match a pattern such as `data/**/*.csv`, sorted.
+
+    Args:
+        patterns: names and patterns.
+        but: files that no pattern means, such as the results that an earlier run left in the same folder.
 
     Raises:
         InputError: there is no such file, or nothing matches.
     """
+    left_out = {path.resolve() for path in but}
     files: list[str] = []
     for given in patterns:
         pattern = os.fspath(given)
         if pattern == STANDARD_INPUT or os.path.exists(pattern):
             matches = [pattern]
         else:
-            matches = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+            matches = sorted(
+                path
+                for path in glob.glob(pattern, recursive=True)
+                if os.path.isfile(path) and Path(path).resolve() not in left_out
+            )
         if not matches:
             is_pattern = glob.has_magic(pattern)
             raise InputError(f"no file matches {pattern}" if is_pattern else f"there is no file {pattern}")

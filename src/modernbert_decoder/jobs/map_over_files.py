@@ -11,6 +11,7 @@ from modernbert_decoder.errors import InputError
 from modernbert_decoder.jobs.inputs import Columns, Inputs, expand_files
 from modernbert_decoder.jobs.job import EngineOptions, Job, Listeners, Summary, run_to_file
 from modernbert_decoder.jobs.ray_workers import RayOptions, compute_with_ray
+from modernbert_decoder.jobs.resumable import files_of_job
 from modernbert_decoder.jobs.tasks import Task, reserved_names
 from modernbert_decoder.jobs.writers import SUFFIX_FORMATS
 
@@ -31,7 +32,8 @@ def map_files(
 
     Args:
         task: `Classify()`, `ScoreTexts()`, `Embed()`, `Rank(...)` or `Rerank(...)`.
-        files: .txt (a text per line), .csv, .tsv, .jsonl or .parquet; patterns such as "data/*.csv" too.
+        files: .txt (a text per line), .csv, .tsv, .jsonl or .parquet; patterns such as "data/*.csv" too,
+            which do not mean what an earlier run wrote under the name of `output`.
         output: .csv, .jsonl or .parquet.
         model: what `LLM` takes, or that with its options.
         columns: which column is the text, and which are carried along; by default `text`, and none.
@@ -45,8 +47,9 @@ def map_files(
         UserError: whatever is wrong with files, model or output as a whole.
     """
     engine = model if isinstance(model, EngineOptions) else EngineOptions(model=model)
+    path = Path(output)
     inputs = Inputs(
-        files=expand_files(files),
+        files=expand_files(files, but=files_of_job(path)),
         columns=columns or Columns(),
         whole_files=whole_files,
         reserved=reserved_names(task),
@@ -54,7 +57,6 @@ def map_files(
     if not inputs.files:
         raise InputError("there are no files; give at least one")
     job = Job(task=task, inputs=inputs, engine=engine)
-    path = Path(output)
     return run_to_file(
         job,
         path,

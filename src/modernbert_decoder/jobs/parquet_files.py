@@ -10,7 +10,7 @@ import base64
 import datetime
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Final
@@ -119,7 +119,12 @@ def write_parquet(file: BinaryIO, rows: Iterator[Mapping[str, Any]], kinds: Mapp
             "probabilities" (label -> number), "ranking" or "json", which is stored as JSON text.
     """
     pyarrow, parquet = require_pyarrow()
-    schema = pyarrow.schema([(name, _arrow_type(pyarrow, kind)) for name, kind in kinds.items()])
+    schema = pyarrow.schema(
+        [
+            (name, _arrow_type(pyarrow, kind))
+            for name, kind in zip(_storable_names(kinds), kinds.values(), strict=True)
+        ]
+    )
     group_rows = _GROUP_ROWS if _FLAT_KINDS.issuperset(kinds.values()) else _LIST_GROUP_ROWS
     with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         pending: list[Mapping[str, Any]] = []
@@ -136,8 +141,8 @@ def _table(
     pyarrow: ModuleType, rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str], schema: Any
 ) -> Any:
     columns = [
-        pyarrow.array([_arrow_value(row.get(name), kind) for row in rows], schema.field(name).type)
-        for name, kind in kinds.items()
+        pyarrow.array([_arrow_value(row.get(name), kind) for row in rows], schema.field(index).type)
+        for index, (name, kind) in enumerate(kinds.items())
     ]
     return pyarrow.Table.from_arrays(columns, schema=schema)
 
@@ -184,6 +189,24 @@ def _arrow_value(value: Any, kind: str) -> Any:
 def _storable(text: str) -> str:
     """Lone surrogates, which JSON can name and UTF-8 cannot, as question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _storable_names(names: Iterable[str]) -> list[str]:
+    r"""Names of columns, all different even where only what UTF-8 cannot name told them apart.
+
+    >>> _storable_names(["a", "\ud800", "?", "\ud801"])
+    ['a', '??', '?', '???']
+    """
+    listed = list(names)
+    taken = set(listed)
+    for index, name in enumerate(listed):
+        stored = _storable(name)
+        if stored != name:
+            while stored in taken:
+                stored += "?"
+            taken.add(stored)
+            listed[index] = stored
+    return listed
 
 
 def _json_value(value: Any) -> Any:

@@ -11,8 +11,8 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Generator, Iterator, Sequence, Set
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from types import ModuleType
@@ -36,6 +36,8 @@ _MAX_RAY_BLOCKS: Final = 4096  # of Ray Data; each costs a task
 # How Ray Data names the threads that execute a data set and hand on its rows.
 _EXECUTING: Final = ("StreamingExecutor", "iter_threaded", "ray-data-metadata", "Prefetcher")
 _STOP_SECONDS: Final = 10.0
+# Ray Data warns that there are no progress bars; ours is the caller's.
+_LOG_LEVELS: Final = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,33 +73,37 @@ def compute_with_ray(
     items = list(_items(job, start))
     if not items:
         return
-    joined_here = _join(ray, options)
-    earlier = set(threading.enumerate())
-    rows: Iterator[dict[str, Any]] = iter(())
-    try:
-        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-        workers, threads = shares(options, nodes, num_blocks=len(items))
-        dataset = ray_data.from_items(items, override_num_blocks=min(len(items), _MAX_RAY_BLOCKS)).map(
-            BlockWorker,
-            fn_constructor_kwargs={"job": _for_workers(job, threads=threads)},
-            compute=ray_data.ActorPoolStrategy(size=workers),
-            num_cpus=threads,
-        )
-        rows = iter(dataset.iter_rows())
-        for row in rows:
-            if row["problem"]:
-                raise InputError(f"a worker cannot go on: {row['problem']}")
-            yield ComputedBlock(
-                lines=row["lines"],
-                num_rows=int(row["num_rows"]),
-                reports=[(where, message) for where, message in json.loads(row["reports"])],
-                end=Position(int(row["end_file"]), int(row["end_offset"]), int(row["end_row"])),
+    with _settings(ray_data):
+        joined_here = _join(ray, options)
+        earlier = set(threading.enumerate())
+        rows: Iterator[dict[str, Any]] = iter(())
+        try:
+            nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+            workers, threads = shares(options, nodes, num_blocks=len(items))
+            dataset = ray_data.from_items(items, override_num_blocks=min(len(items), _MAX_RAY_BLOCKS)).map(
+                BlockWorker,
+                fn_constructor_kwargs={"job": _for_workers(job, threads=threads)},
+                compute=ray_data.ActorPoolStrategy(size=workers),
+                num_cpus=threads,
             )
-    finally:
-        del rows  # which stops what still runs
-        _await_threads(earlier)
-        if joined_here:
-            ray.shutdown()
+            rows = iter(dataset.iter_rows())
+            yield from map(_computed_block, rows)
+        finally:
+            del rows  # which stops what still runs
+            _await_threads(earlier)
+            if joined_here:
+                ray.shutdown()
+
+
+def _computed_block(row: Mapping[str, Any]) -> ComputedBlock:
+    if row["problem"]:
+        raise InputError(f"a worker cannot go on: {row['problem']}")
+    return ComputedBlock(
+        lines=row["lines"],
+        num_rows=int(row["num_rows"]),
+        reports=[(where, message) for where, message in json.loads(row["reports"])],
+        end=Position(int(row["end_file"]), int(row["end_offset"]), int(row["end_row"])),
+    )
 
 
 def _await_threads(earlier: Set[threading.Thread]) -> None:
@@ -151,14 +157,20 @@ class BlockWorker:
 
 def _for_workers(job: Job, *, threads: int) -> Job:
     """The same job for processes in other folders: names of files are completed."""
-    model = job.engine.model
-    if model != BUNDLED_MODEL and os.path.isdir(os.path.expanduser(model)):
-        model = os.path.abspath(os.path.expanduser(model))
+    engine = job.engine
+    model = engine.model if engine.model == BUNDLED_MODEL else _completed(engine.model)
+    adapter = None if engine.adapter is None else _completed(engine.adapter)
     return replace(
         job,
-        engine=replace(job.engine, model=model, threads=threads),
+        engine=replace(engine, model=model, adapter=adapter, threads=threads),
         inputs=replace(job.inputs, folder=os.getcwd()),
     )
+
+
+def _completed(name: str | os.PathLike[str]) -> str:
+    """The whole name of a folder; what is none, such as an id on the Hub, is left alone."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.isdir(path) else os.fspath(name)
 
 
 def _items(job: Job, start: Position) -> Iterator[dict[str, int]]:
@@ -179,14 +191,26 @@ def _require_ray() -> tuple[ModuleType, ModuleType]:
     return ray, ray.data
 
 
+@contextmanager
+def _settings(ray_data: ModuleType) -> Iterator[None]:
+    """Ray Data's settings for a job; at its end they are the caller's again."""
+    context = ray_data.DataContext.get_current()
+    execution = context.execution_options
+    order, bars = execution.preserve_order, context.enable_progress_bars
+    levels = {name: logging.getLogger(name).level for name in _LOG_LEVELS}
+    try:
+        execution.preserve_order, context.enable_progress_bars = True, False
+        for name, level in _LOG_LEVELS.items():
+            logging.getLogger(name).setLevel(level)
+        yield
+    finally:
+        execution.preserve_order, context.enable_progress_bars = order, bars
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
 def _join(ray: ModuleType, options: RayOptions) -> bool:
     """Joins the cluster, or starts one here; False where the caller has done so before."""
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # It warns that there are no progress bars; ours is the caller's.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     if ray.is_initialized():
         return False
     _require_reachable(options.address)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Protocol
@@ -72,7 +73,7 @@ def read_jsonl(stream: ByteStream, start: Position, *, max_bytes: int = MAX_ROW_
         elif line.strip():
             try:
                 text = line.rstrip(b"\r\n").decode("utf-8")
-                values = json.loads(text, parse_constant=_refuse_constant)
+                values = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_number)
             except UnicodeDecodeError as error:
                 yield RawRow(row, end, error=_not_utf8(line, error))
             except json.JSONDecodeError as error:
@@ -265,6 +266,14 @@ def _too_long(max_bytes: int) -> str:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_number(text: str) -> float:
+    """The number, which results could not hold if Python made it infinite."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text:.20} is beyond what a float can hold")
+    return value
 
 
 def _is_unicode(text: str) -> bool:

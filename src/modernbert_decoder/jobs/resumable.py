@@ -21,11 +21,29 @@ from modernbert_decoder.errors import InputError, UserError
 from modernbert_decoder.jobs.rows import Position
 
 _VERSION: Final = 1  # raise it when the meaning of a journal's entries changes
+_PARTIAL: Final = ".partial"
+_JOURNAL: Final = ".job.json"
+_UNFINISHED: Final = ".finishing"  # the file in its own format, while it is written
+_NEW: Final = ".new"  # a journal, while it is written
+_SUFFIXES: Final = (_PARTIAL, _JOURNAL, _JOURNAL + _NEW, _UNFINISHED)
 _RUNNING: Final = "running"
 _FINISHING: Final = "finishing"
 _COMPLETE: Final = "complete"
 
 Identity = Mapping[str, Any]
+
+
+def files_of_job(output: Path) -> list[Path]:
+    """What a job with this output writes into its folder; the output itself only once a job has begun it.
+
+    Without a journal, a file of that name is somebody's own.
+    """
+    beside = [output.with_name(output.name + suffix) for suffix in _SUFFIXES]
+    return [*beside, output] if _journal_path(output).exists() else beside
+
+
+def _journal_path(output: Path) -> Path:
+    return output.with_name(output.name + _JOURNAL)
 
 
 class OutputFileError(UserError):
@@ -78,8 +96,8 @@ class ResumableOutput:
         """
         self.path = path
         self._identity = json.loads(json.dumps(identity))
-        self._partial_path = path.with_name(path.name + ".partial")
-        self._journal_path = path.with_name(path.name + ".job.json")
+        self._partial_path = path.with_name(path.name + _PARTIAL)
+        self._journal_path = _journal_path(path)
         if path.is_dir():
             raise InputError(f"{path} is a folder; give the name of a file to write")
         with self._writing():
@@ -151,7 +169,7 @@ class ResumableOutput:
             if convert is None:
                 os.replace(self._partial_path, self.path)
             else:
-                unfinished = self.path.with_name(self.path.name + ".finishing")
+                unfinished = self.path.with_name(self.path.name + _UNFINISHED)
                 with open(unfinished, "wb") as file:
                     convert(self._partial_path, file)
                     file.flush()
@@ -247,7 +265,7 @@ class ResumableOutput:
 
     def _record(self, state: str, progress: Progress) -> None:
         journal = {"version": _VERSION, "job": self._identity, "state": state, "progress": asdict(progress)}
-        unfinished = self._journal_path.with_name(self._journal_path.name + ".new")
+        unfinished = self._journal_path.with_name(self._journal_path.name + _NEW)
         with open(unfinished, "w", encoding="ascii") as file:
             file.write(json.dumps(journal, indent=1) + "\n")
             file.flush()

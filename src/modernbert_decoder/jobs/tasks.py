@@ -24,7 +24,9 @@ ROW: Final = "row"
 ERROR: Final = "error"
 RANK: Final = "rank"
 SORT_BY: Final = "score"
-
+LIKELIHOOD: Final = "likelihood"
+RERANKINGS: Final = (LIKELIHOOD, "classifier")
+_SEPARATOR: Final = "\n"
 
 Values = Mapping[str, Any]
 
@@ -242,16 +244,30 @@ class Rerank:
         separator: between document and query, for "likelihood".
         truncate: cut pairs that are too long for the classifier; otherwise they are errors.
         max_length: most tokens of a pair; by default the context.
+
+    Raises:
+        ArgumentError: another `by`, or an attribute that is of no use with it.
     """
 
     name: ClassVar[str] = "rerank"
     is_sorted: ClassVar[bool] = True
     query: str
-    by: str = "likelihood"
+    by: str = LIKELIHOOD
     label: str | None = None
-    separator: str = "\n"
+    separator: str = _SEPARATOR
     truncate: bool = False
     max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses another `by`, and what it has no use for."""
+        if self.by not in RERANKINGS:
+            raise ArgumentError("", "by", f" is {self.by!r}; choose one of {', '.join(RERANKINGS)}")
+        unused: dict[str, Any] = {"separator": _SEPARATOR}
+        if self.by == LIKELIHOOD:
+            unused = {"label": None, "truncate": False, "max_length": None}
+        for name, default in unused.items():
+            if getattr(self, name) != default:
+                raise ArgumentError("", name, f" does not go with by={self.by!r}; leave it out")
 
     @property
     def columns(self) -> Mapping[str, str]:
@@ -260,7 +276,7 @@ class Rerank:
 
     def results(self, llm: LLM, records: Iterable[Record]) -> Iterator[Values | TextError]:
         """The results of usable records, in their order."""
-        if self.by == "likelihood":
+        if self.by == LIKELIHOOD:
             # White space at a document's end would be scored with the query, which it makes improbable.
             items = ((record.text.rstrip() + self.separator, (self.query,)) for record in records)
             for ranked in llm.iter_rank(items):

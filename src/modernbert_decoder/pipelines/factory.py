@@ -60,6 +60,7 @@ _TORCH_ONLY: Final[Mapping[str, str]] = {
     "tokenizer": "put tokenizer.json into the model's folder",
     "feature_extractor": "these models read text",
     "image_processor": "these models read text",
+    "video_processor": "these models read text",
     "processor": "these models read text",
     "use_fast": "its tokenizers are always the fast ones; leave it out",
     "token": "set HF_TOKEN, or run `hf auth login`",
@@ -91,6 +92,7 @@ def pipeline(
     *,
     feature_extractor: Any = None,
     image_processor: Any = None,
+    video_processor: Any = None,
     processor: Any = None,
     framework: str | None = None,
     revision: str | None = None,
@@ -120,6 +122,7 @@ def pipeline(
         tokenizer: PyTorch only; the engine accepts the model's own name.
         feature_extractor: PyTorch only.
         image_processor: PyTorch only.
+        video_processor: PyTorch only.
         processor: PyTorch only.
         framework: "pt" is another spelling of `engine="torch"`.
         revision: branch, tag or commit on the Hub.
@@ -154,6 +157,7 @@ def pipeline(
         "tokenizer": tokenizer,
         "feature_extractor": feature_extractor,
         "image_processor": image_processor,
+        "video_processor": video_processor,
         "processor": processor,
         "use_fast": None if use_fast is True else use_fast,
         "token": token,

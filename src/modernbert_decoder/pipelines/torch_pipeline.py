@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from modernbert_decoder.checkpoint import BUNDLED_MODEL, find_checkpoint
 from modernbert_decoder.errors import InputError
+from modernbert_decoder.pipelines.precision import AUTO
 from modernbert_decoder.quantization import DTYPES
 
 _OURS_ALONE: Final = frozenset(DTYPES) - {"float32"}
@@ -31,7 +32,8 @@ def torch_pipeline(
         arguments: for transformers' `pipeline`, unchanged.
 
     Raises:
-        InputError: PyTorch or the device is not there, or a format of the engine is asked for.
+        InputError: PyTorch or the device is not there, a format of the engine is asked for, or for a model
+            object another dtype than its own.
     """
     _require_torch(device)
     if device is not None:
@@ -49,6 +51,8 @@ def torch_pipeline(
         named = find_checkpoint(model) if model == BUNDLED_MODEL else Path(model).expanduser()
         model = str(named) if named.is_dir() else str(model)
         arguments = {**arguments, "dtype": dtype}
+    else:
+        _require_dtype(model, dtype)
     if device is not None:
         arguments = {**arguments, "device": int(device) if device.isdecimal() else device}
     build: Any = transformers.pipeline
@@ -68,6 +72,16 @@ def prompt_without_sep(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[name, "$A"], pair=None, special_tokens=[(name, tokenizer.cls_token_id)]
     )
+
+
+def _require_dtype(model: Any, dtype: str) -> None:
+    """A model object stays as it is in transformers, whatever dtype is asked for."""
+    own = str(getattr(model, "dtype", "unknown")).removeprefix("torch.")
+    if dtype not in (AUTO, own):
+        raise InputError(
+            f"dtype {dtype!r} comes too late: the model is loaded, as {own}; leave dtype out, or load or "
+            "convert the model with it beforehand"
+        )
 
 
 def _require_torch(device: str | None) -> None:
