@@ -20,7 +20,7 @@ from benchmarks.peers import find_peers
 from benchmarks.protocol import REPOSITORY
 from benchmarks.quality import Perplexity, perplexity_table, shared_folder
 from benchmarks.session import report
-from benchmarks.summary import ENGINE
+from benchmarks.summary import ENGINE, variant_name
 from benchmarks.tables import number, table
 from modernbert_decoder import LLM, SamplingParams
 from modernbert_decoder.architecture import DecoderArchitecture
@@ -90,7 +90,7 @@ def page(
     a = architecture
     rows = [
         [
-            each.variant,
+            variant_name(each.variant),
             f"{each.perplexity:.3f}",
             "" if each.bits_per_byte is None else f"{each.bits_per_byte:.4f}",
             f"{each.cost:+.2%}",

@@ -74,8 +74,8 @@ def reference(folder: Path) -> Any:
         pad_token="[PAD]",
     )
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (CLS, SEP, PAD)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert type(model).__module__.startswith("transformers.")  # not ours, should a test have registered it
+    model = transformers.ModernBertDecoderForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(model).__module__.startswith("transformers.")
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, add_bos_token=True, device="cpu")
 
 

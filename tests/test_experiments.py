@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import results  # noqa: E402
 from benchmarks.experiments import (  # noqa: E402
     __main__ as command,
 )
@@ -266,11 +267,11 @@ def make_study(**changes: object) -> study.Study:
 
 
 def test_a_study_survives_json(tmp_path: Path) -> None:
-    study.save(make_study(), tmp_path / "study.json")
-    assert study.load(tmp_path / "study.json") == make_study()
+    results.save(make_study(), tmp_path / "study.json")
+    assert results.load(study.Study, tmp_path / "study.json", format=study.FORMAT) == make_study()
     (tmp_path / "study.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="format 99"):
-        study.load(tmp_path / "study.json")
+        results.load(study.Study, tmp_path / "study.json", format=study.FORMAT)
 
 
 def test_nothing_below_the_difference_of_equal_configurations_is_called_faster() -> None:
