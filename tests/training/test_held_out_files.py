@@ -22,7 +22,7 @@ def as_bytes(texts: list[str]) -> list[Ids]:
     [
         (
             "a.txt.gz",
-            gzip.compress(b"a fox"),
+            gzip.compress(b"a fox", mtime=0),
             r"a\.txt\.gz is no text in UTF-8 \(invalid start byte at byte 1\)",
         ),
         ("a.txt", "caf\u00e9".encode("latin-1"), r"is no text in UTF-8 .* at byte 3\).*unpack or convert it"),
