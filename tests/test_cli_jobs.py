@@ -171,7 +171,9 @@ def test_rank_takes_each_rows_own_candidates(capfd: pytest.CaptureFixture[str]) 
 def test_a_query_sorts_documents_by_likelihood_or_by_a_classifier(
     classifier: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    Path("stories.csv").write_text("title,text\nA,The dragon\nB,The price of corn\nC,A cat\n")
+    Path("stories.csv").write_text(
+        "title,text\nA,The dragon flew over the sea.\nB,The price of corn\nC,A cat\n"
+    )
     arguments = ("-i", "stories.csv", "--keep", "title")
     found = rows(capfd, "rank", "--query", "The dragon flew", *arguments)
     assert [row["rank"] for row in found] == [1, 2, 3]
@@ -182,7 +184,11 @@ def test_a_query_sorts_documents_by_likelihood_or_by_a_classifier(
     best = rows(capfd, "rank", "--query", "dragon", *arguments, *by)
     with LLM(classifier) as llm:
         outputs = llm.classify(
-            [("dragon", "The dragon"), ("dragon", "The price of corn"), ("dragon", "A cat")]
+            [
+                ("dragon", "The dragon flew over the sea."),
+                ("dragon", "The price of corn"),
+                ("dragon", "A cat"),
+            ]
         )
     expected = sorted((output.probabilities[2] for output in outputs), reverse=True)[:2]
     assert [row["score"] for row in best] == pytest.approx(expected, rel=1e-5)
