@@ -197,6 +197,14 @@ def test_a_query_sorts_documents_by_likelihood_or_by_a_classifier(
 # Inputs and outputs
 
 
+@pytest.mark.parametrize("output", ["", ".", "/"])
+def test_an_output_without_a_name_is_refused(output: str, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("a.txt").write_text("The fox ran.\n", encoding="utf-8")
+    for options in ([], ["--format", "csv"]):
+        _, error = run(capfd, "score", "-i", "a.txt", "-o", output, *options, code=2)
+        assert "is a folder; give the name of a file to write" in error
+
+
 def test_every_kind_of_input_gives_the_same_results(capfd: pytest.CaptureFixture[str]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

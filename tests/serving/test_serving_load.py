@@ -257,7 +257,7 @@ def test_a_soak_notices_wrong_texts_and_floods_and_bodies_that_nobody_refuses(
         run = Soak(bench.url, os.getpid())
         run._expected = dict.fromkeys(range(24), "another text")
         await run.phase(1, 0.05)
-        await run.trouble(0.05)
+        await run.trouble(1.0)
         return run.problems
 
     problems = asyncio.run(spoiled())

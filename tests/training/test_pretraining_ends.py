@@ -76,6 +76,20 @@ def test_a_model_of_an_earlier_end_is_not_taken_for_that_of_a_lengthened_phase(
     assert_same_weights(second.folder, expected.folder)
 
 
+def test_a_phase_that_ended_with_part_of_a_batch_is_lengthened_from_the_checkpoint_before(
+    files: list[str], tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    short, long = (recipe_of(files, phase("stable", tokens=tokens)) for tokens in (704, 1024))
+    run(short, out, stop_after="stable")
+    *_, before, newest = all_checkpoints(out)
+    assert (step_of(before), step_of(newest)) == (5, 6)
+    with pytest.raises(TrainingError, match=f"part of a batch, are the same: remove {newest} to go on"):
+        run(long, out)
+    shutil.rmtree(newest)
+    assert_same_weights(run(long, out).folder, run(long, whole).folder)
+
+
 def test_a_model_from_before_a_phase_was_added_is_not_taken_for_that_of_the_new_end(
     files: list[str], tmp_path: Path
 ) -> None:

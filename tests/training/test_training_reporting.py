@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_runs import tiny_recipe, write_texts
+from watched_runs import StruckError, run, strike_at
 
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.training.pretraining import pretrain
@@ -61,13 +62,27 @@ def test_trackio_gets_what_the_log_gets(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delitem(sys.modules, "trackio", raising=False)
     recipe = tiny_recipe(write_texts(tmp_path / "texts"), run={"report_to": ["trackio"]})
     pretrain(recipe, tmp_path / "run", write=lambda line: None)
-    monkeypatch.delitem(sys.modules, "trackio")
+    del sys.modules["trackio"]
     *logged, last = (json.loads(line) for line in (site / "log.jsonl").read_text().splitlines())
     assert last == "finished"
     losses = [each for each in logged if "train/loss" in each]
     assert [each["train/tokens"] for each in losses] == [512, 1024, 1536, 2048]
     assert losses[-1]["train/loss"] < losses[0]["train/loss"]
     assert all(each["train/tokens_per_second"] > 0 and each["train/mfu"] > 0 for each in losses)
+
+
+def test_tensorboard_has_every_step_once_after_a_run_was_struck(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reported = {"report_to": ["tensorboard"], "log_every_steps": 1}
+    recipe = tiny_recipe(write_texts(tmp_path / "texts"), run=reported)
+    with pytest.MonkeyPatch.context() as patch:
+        strike_at(patch, 7)  # two steps behind a checkpoint
+        with pytest.raises(StruckError):
+            run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "run")
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 17))
 
 
 def test_a_destination_that_is_not_installed_is_refused_before_the_run(tmp_path: Path) -> None:

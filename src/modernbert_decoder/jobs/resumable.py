@@ -37,9 +37,14 @@ def files_of_job(output: Path) -> list[Path]:
     """What a job with this output writes into its folder; the output itself only once a job has begun it.
 
     Without a journal, a file of that name is somebody's own.
+
+    Raises:
+        InputError: the output has no name, as "." and "/" have none.
     """
+    if not output.name:
+        raise InputError(f"{str(output)!r} is a folder; give the name of a file to write")
     beside = [output.with_name(output.name + suffix) for suffix in _SUFFIXES]
-    return [*beside, output] if _journal_path(output).exists() else beside
+    return [*beside, output] if os.path.exists(_journal_path(output)) else beside
 
 
 def _journal_path(output: Path) -> Path:
@@ -98,7 +103,7 @@ class ResumableOutput:
         self._identity = json.loads(json.dumps(identity))
         self._partial_path = path.with_name(path.name + _PARTIAL)
         self._journal_path = _journal_path(path)
-        if path.is_dir():
+        if os.path.isdir(path):
             raise InputError(f"{path} is a folder; give the name of a file to write")
         with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -167,11 +167,11 @@ def remove_leftovers(out: Path) -> None:
     shutil.rmtree(out / STAGING, ignore_errors=True)
     for folder in (out, out / "checkpoints", out / "phases"):
         for path in folder.glob(".*") if folder.is_dir() else ():
-            if path.name.endswith(".partial") or path.name.startswith(_REMOVED):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
+            is_own = path.name.endswith(".partial") or path.name.startswith(_REMOVED)
+            if is_own and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+    for path in out.glob(".recipe.yaml.*.partial"):
+        path.unlink(missing_ok=True)
 
 
 def remove_old(out: Path, *, keep: int) -> None:

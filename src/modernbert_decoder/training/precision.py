@@ -21,8 +21,8 @@ _ROUNDS: Final = 5
 def uses_bfloat16(precision: Precision) -> bool:
     """Whether products are computed in bfloat16: as asked or, if "auto", where an accelerator has it.
 
-    On a CPU "auto" means float32, so that a run gives the same numbers whatever instructions it has; bfloat16
-    has to be asked for there.
+    On a CPU "auto" means float32, so that a recipe is computed in one precision on all of them; bfloat16 has
+    to be asked for there.
     """
     if precision != "auto":
         return precision == "bfloat16"

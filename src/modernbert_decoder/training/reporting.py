@@ -54,8 +54,8 @@ def check_reporting(
 
 
 def tensorboard_callback(out: Path, *, first_step: int) -> TrainerCallback:
-    """Writes to `tensorboard` in the run's folder, over what was logged behind `first_step` before."""
+    """Writes to `tensorboard` in the run's folder, over what was logged behind step `first_step` before."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(log_dir=str(out / "tensorboard"), purge_step=first_step)
+    writer = SummaryWriter(log_dir=str(out / "tensorboard"), purge_step=first_step + 1)
     return integration_utils.TensorBoardCallback(writer)  # type: ignore[no-untyped-call]

@@ -129,7 +129,8 @@ def _check_changes(before: Recipe, now: Recipe, *, num_steps: int, out: Path) ->
     """Refuse a recipe that would have led elsewhere by now."""
     plan = Plan(before)
     begun = plan.step(min(num_steps, plan.num_steps) - 1).phase
-    is_same_so_far = _agree(plan, Plan(now), num_steps)
+    new_plan = Plan(now)
+    is_same_so_far = _agree(plan, new_plan, num_steps)
     changed = [
         key
         for key in changed_keys(before.to_dict(), now.to_dict())
@@ -140,7 +141,19 @@ def _check_changes(before: Recipe, now: Recipe, *, num_steps: int, out: Path) ->
         raise TrainingError(
             f"the run in {out} has taken {num_steps:,} steps with another recipe: {listed or 'phases'} "
             f"differ. Start it with its own ({out / RECIPE_FILE}), or choose another --out"
+            f"{_way_back(out, plan, new_plan, num_steps)}"
         )
+
+
+def _way_back(out: Path, before: Plan, now: Plan, num_steps: int) -> str:
+    """What helps where a phase ended with part of a batch, which would be a whole one if it went on."""
+    checkpoint = latest_checkpoint(out)
+    if checkpoint is None or num_steps < 2 or not _agree(before, now, num_steps - 1):
+        return ""
+    return (
+        ". All steps but the last, which ended a phase with part of a batch, are the same: remove "
+        f"{checkpoint} to go on from the one before"
+    )
 
 
 def _agree(before: Plan, now: Plan, num_steps: int) -> bool:
