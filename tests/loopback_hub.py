@@ -1,4 +1,4 @@
-"""A Hub that takes one upload: a small server on the loopback interface, for processes of a test's own."""
+"""Hubs on the loopback interface, for processes of a test's own; one that takes an upload is here."""
 
 from __future__ import annotations
 
@@ -67,7 +67,13 @@ class HubHandler(BaseHTTPRequestHandler):
 def loopback_hub(folder: Path) -> Iterator[str]:
     """The address of a Hub that keeps in a folder what is pushed to `REPOSITORY`."""
     folder.mkdir()
-    handler = type("Handler", (HubHandler,), {"folder": folder})
+    with serving(type("Handler", (HubHandler,), {"folder": folder})) as address:
+        yield address
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server on the loopback interface that answers with this handler."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -77,9 +83,9 @@ def loopback_hub(folder: Path) -> Iterator[str]:
     thread.join()
 
 
-def hub_environment(endpoint: str, *, home: Path) -> dict[str, str]:
+def hub_environment(endpoint: str, *, home: Path, offline: bool = False) -> dict[str, str]:
     """That of a process which knows this Hub only."""
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
     return environment | {"HF_TOKEN": "hf_made_up", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}

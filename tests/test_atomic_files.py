@@ -212,3 +212,13 @@ def test_files_of_a_folder_are_readable_as_the_umask_says(tmp_path: Path, umask:
     finally:
         os.umask(before)
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == mode
+
+
+def test_only_what_was_begun_for_a_destination_is_removed(tmp_path: Path) -> None:
+    for name in (".a[1].json.0a1b.partial", ".b.json.0a1b.partial", ".a1.json.0a1b.partial", "a[1].json"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / ".a[1].json.2c3d.partial").mkdir()
+    atomic_files.remove_unfinished(tmp_path / "a[1].json")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".b.json.0a1b.partial", ".a1.json.0a1b.partial", "a[1].json"}
+    atomic_files.remove_unfinished(tmp_path / "nowhere" / "a")

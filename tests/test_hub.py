@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from threading import Thread
 from typing import ClassVar
@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from checkpoints import BUNDLED_ARCHITECTURE
+from loopback_hub import hub_environment, serving
 from modernbert_decoder.checkpoint import BUNDLED_MODEL, Checkpoint, find_checkpoint
 from modernbert_decoder.errors import InputError, ModelNotFoundError
 
@@ -140,27 +141,21 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             "org/weightless": weightless,
         }
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Handler) as address:
+        yield address
 
 
-def hub_environment(cache: Path, *, endpoint: str, offline: bool = False) -> dict[str, str]:
+def downloading(cache: Path, *, endpoint: str, offline: bool = False) -> dict[str, str]:
     """That of a process which asks this Hub and draws progress bars as it would for a user."""
-    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment = hub_environment(endpoint, home=cache / "home", offline=offline)
     environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    environment.pop("HF_TOKEN")  # what is asked for is public
     return environment
 
 
 def find(model: str, cache: Path, *, endpoint: str, revision: str = "", offline: bool = False) -> str:
     """What `find_checkpoint` returns or raises in a fresh process."""
-    environment = hub_environment(cache, endpoint=endpoint, offline=offline)
+    environment = downloading(cache, endpoint=endpoint, offline=offline)
     command = [sys.executable, "-c", FIND, model, revision, str(cache)]
     result = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -196,7 +191,7 @@ def test_generate_takes_a_hub_id_and_a_revision_and_then_works_offline(hub: str,
     for endpoint, offline in ((hub, False), ("http://127.0.0.1:9", True)):
         done = subprocess.run(
             command,
-            env=hub_environment(tmp_path, endpoint=endpoint, offline=offline),
+            env=downloading(tmp_path, endpoint=endpoint, offline=offline),
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -294,7 +289,7 @@ def test_a_download_draws_a_progress_bar_on_a_terminal_unless_told_not_to(
     try:
         result = subprocess.run(
             command,
-            env=hub_environment(tmp_path, endpoint=hub),
+            env=downloading(tmp_path, endpoint=hub),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=theirs,

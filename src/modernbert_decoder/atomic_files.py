@@ -8,6 +8,7 @@ name as it was. This module knows nothing of models.
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -146,9 +147,25 @@ def _rename_folder(temporary: Path, destination: Path) -> None:
     _sync(destination.parent)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what a process that was killed had begun to write with this file or folder as destination.
+
+    Nobody may be writing it meanwhile.
+    """
+    for unfinished in path.parent.glob(_temporary(glob.escape(path.name), "*")):
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.unlink()
+
+
 def _temporary_name(path: Path) -> Path:
     """A hidden sibling name that no other process will choose."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    return path.with_name(_temporary(path.name, secrets.token_hex(4)))
+
+
+def _temporary(name: str, token: str) -> str:
+    return f".{name}.{token}.partial"
 
 
 def _sync(path: Path) -> None:

@@ -13,7 +13,7 @@ import click
 from modernbert_decoder.cli import train_cross, train_finetune
 from modernbert_decoder.cli.interrupts import interrupts_deferred
 from modernbert_decoder.cli.output import write, write_json
-from modernbert_decoder.cli.train_processes import is_first_process, require_extra
+from modernbert_decoder.cli.train_processes import is_first_process, progress_writer, require_extra
 
 
 @click.group("train", short_help="Train a model: pretrain, finetune, cross.")
@@ -66,17 +66,11 @@ def pretrain_command(
     with interrupts_deferred():
         from modernbert_decoder.training.pretraining import pretrain
 
-    def say(line: str) -> None:
-        click.echo(line, err=True)
-
-    def say_nothing(line: str) -> None:
-        pass
-
     result = pretrain(
         read,
         out,
         stop_after=stop_after,
-        write=say_nothing if quiet or not is_first_process() else say,
+        write=progress_writer(quiet=quiet),
         shows_bar=not quiet and sys.stderr.isatty(),
     )
     if not is_first_process():

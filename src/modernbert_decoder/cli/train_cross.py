@@ -10,7 +10,7 @@ import click
 
 from modernbert_decoder.cli.completion_options import revision_option
 from modernbert_decoder.cli.output import write, write_json
-from modernbert_decoder.cli.train_processes import is_first_process, require_extra
+from modernbert_decoder.cli.train_processes import is_first_process, progress_writer, require_extra
 from modernbert_decoder.errors import InputError
 
 # \b keeps click from joining the lines.
@@ -74,7 +74,7 @@ def command(
         changes=[*files, *changes],
         mask_share=mask_share or MASK_SHARE,
         revision=revision,
-        write=(lambda line: click.echo(line, err=True)) if not quiet and is_first_process() else _say_nothing,
+        write=progress_writer(quiet=quiet),
         shows_bar=not quiet and sys.stderr is not None and sys.stderr.isatty(),
     )
     if not is_first_process():
@@ -84,7 +84,3 @@ def command(
         write_json(report)
     elif not quiet:
         write(f"{result.folder}\n")
-
-
-def _say_nothing(line: str) -> None:
-    pass

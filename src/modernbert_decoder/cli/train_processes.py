@@ -6,8 +6,11 @@ Knows nothing of models or data.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Final
+
+import click
 
 from modernbert_decoder.errors import InputError
 
@@ -32,3 +35,15 @@ def require_extra() -> None:
 def is_first_process() -> bool:
     """Whether this is the process that speaks, of those that a launcher started."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def progress_writer(*, quiet: bool) -> Callable[[str], None]:
+    """Takes the lines of a run: to standard error, or nowhere if quiet and in processes that do not speak."""
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    def say_nothing(line: str) -> None:
+        pass
+
+    return say_nothing if quiet or not is_first_process() else say

@@ -170,8 +170,6 @@ def remove_leftovers(out: Path) -> None:
             is_own = path.name.endswith(".partial") or path.name.startswith(_REMOVED)
             if is_own and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-    for path in out.glob(".recipe.yaml.*.partial"):
-        path.unlink(missing_ok=True)
 
 
 def remove_old(out: Path, *, keep: int) -> None:

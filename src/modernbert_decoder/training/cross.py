@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from modernbert_decoder.architecture import RELEASED_SIZES, DecoderArchitecture
-from modernbert_decoder.atomic_files import new_file, write_folder
+from modernbert_decoder.atomic_files import new_file, remove_unfinished, write_folder
 from modernbert_decoder.checkpoint import find_checkpoint
 from modernbert_decoder.config_keys import load_config
 from modernbert_decoder.conversion.convert import convert_checkpoint
@@ -108,7 +107,8 @@ def _prepare(source: Path, out: Path, *, to: Objective, mask_share: float) -> No
     status = (source / "config.json").stat()
     identity = {"source": str(source.resolve()), "to": to, "mask_share": mask_share, "size": status.st_size}
     path, start = out / _IDENTITY, out / _START
-    _remove_half_written(out)
+    for each in (start, path):
+        remove_unfinished(each)
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         if known != identity:
@@ -121,16 +121,6 @@ def _prepare(source: Path, out: Path, *, to: Objective, mask_share: float) -> No
         convert_checkpoint(source, start, to=wanted)
     with new_file(path) as file:
         file.write((json.dumps(identity, indent=2) + "\n").encode())
-
-
-def _remove_half_written(out: Path) -> None:
-    """Removes what a process that was killed while it prepared the folder had begun to write."""
-    for name in (_START, _IDENTITY):
-        for path in out.glob(f".{name}.*.partial"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 def _architecture(folder: Path, to: Objective) -> DecoderArchitecture:

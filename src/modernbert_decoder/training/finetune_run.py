@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from modernbert_decoder.atomic_files import make_readable, new_file, sync_folder
+from modernbert_decoder.atomic_files import make_readable, new_file, remove_unfinished, sync_folder
 from modernbert_decoder.errors import CheckpointError, InputError
 from modernbert_decoder.training.adapters import ADAPTER_FOLDER, LoraSettings, save_adapter
 from modernbert_decoder.training.curve import curve_table, draw_curve
@@ -285,9 +285,7 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> None:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give the name of a folder")
-    if out.is_dir():
-        for path in out.glob(f".{_OPTIONS}.*.partial"):  # a process was killed right here
-            path.unlink()
+    remove_unfinished(out / _OPTIONS)
     if out.is_dir() and any(out.iterdir()):
         known = _identity_of(out)
         if known is None:

@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
-from modernbert_decoder.atomic_files import new_file
+from modernbert_decoder.atomic_files import new_file, remove_unfinished
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.training.checkpoints import latest_checkpoint, remove_leftovers, step_of
 from modernbert_decoder.training.documents import open_source
@@ -82,6 +82,7 @@ def prepare(recipe: Recipe, plan: Plan, out: Path) -> None:
     """
     remove_leftovers(out)
     path = out / RECIPE_FILE
+    remove_unfinished(path)
     is_same = False
     if path.is_file():
         before = read_recipe(path)
