@@ -17,7 +17,7 @@ TRANSFORMERS := 4.57 5.16
 SOURCES := $(shell find src -type f -not -name '*.pyc')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-transformers lint format bench bench-pytorch bench-training llama-server wheel lowest hooks clean base-environment
+.PHONY: help demo test test-transformers lint format bench bench-pytorch bench-serving bench-throughput bench-training llama-server wheel lowest hooks clean base-environment
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,13 @@ bench: $(BENCH)/.package  ## the benchmarks, peers included (builds llama.cpp: n
 
 bench-pytorch: $(BENCH)/.requirements  ## the PyTorch classes against transformers' (BENCH_ARGS="--quick")
 	$(BENCH)/bin/python -m benchmarks.wing $(BENCH_ARGS)
+
+# The speculation's page has a run of its own: it needs no other server.
+bench-serving: $(BENCH)/.requirements $(LLAMA_CPP)/bin/llama-server  ## the server under load, against llama.cpp's and transformers' (needs cmake)
+	$(BENCH)/bin/python -m benchmarks.serving $(BENCH_ARGS)
+
+bench-throughput: $(BENCH)/.requirements  ## documents per second, against transformers' pipeline
+	$(BENCH)/bin/python -m benchmarks.throughput $(BENCH_ARGS)
 
 bench-training: $(BENCH)/.requirements  ## training against upstream's class in the same Trainer (BENCH_ARGS="--quick")
 	$(BENCH)/bin/python -m benchmarks.training $(BENCH_ARGS)

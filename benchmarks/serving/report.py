@@ -151,7 +151,7 @@ def page(results: ServingResults) -> str:
     lacking = missing(results)
     parts = [
         "# Serving under load",
-        "Written by `python -m benchmarks.serving` from one run.",
+        "Written by `make bench-serving` (`python -m benchmarks.serving`) from one run.",
         setting(results),
         f"{_SETTING} Each row is of {results.rounds} rounds of {results.seconds:g} seconds.",
         *(

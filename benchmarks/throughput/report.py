@@ -41,7 +41,7 @@ def page(results: ThroughputResults) -> str:
         "\n\n".join(
             [
                 "# Throughput of classification",
-                "Written by `python -m benchmarks.throughput` from one run.",
+                "Written by `make bench-throughput` (`python -m benchmarks.throughput`) from one run.",
                 setting(results),
                 _SETTING,
                 "## Numbers to hold",
