@@ -22,7 +22,7 @@ from benchmarks.plot import draw
 from benchmarks.protocol import REPOSITORY
 from benchmarks.readme import readme_section
 from benchmarks.results import FORMAT, Results, load, save
-from benchmarks.session import Request, report, run
+from benchmarks.session import Request, report, run, run_cases
 from benchmarks.shapes import SHAPES
 from benchmarks.tables import replace_between
 from modernbert_decoder.machine import usable_threads
@@ -57,6 +57,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--render", type=Path, metavar="JSON", help="publish these results, measuring nothing"
     )
+    parser.add_argument(
+        "--add-to", type=Path, metavar="JSON", help="measure only the cases, and put them into these results"
+    )
     for peer in PEERS:
         default = os.environ.get(peer.environment_variable, sys.executable)
         parser.add_argument(
@@ -65,7 +68,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             default=default,
             help=f"the Python that has {peer.name} (or {peer.environment_variable})",
         )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.add_to and (options.quick or options.render):
+        parser.error("--add-to goes neither with --quick nor with --render")
+    return options
 
 
 def make_request(options: argparse.Namespace) -> Request:
@@ -102,6 +108,13 @@ def publish(results: Results) -> None:
     report("wrote the README's table, docs/benchmarks.md and docs/benchmarks.png")
 
 
+def _place(results: Results, folder: Path) -> Path:
+    """Where results go: those that are not published, elsewhere than into `folder`."""
+    kind = "" if is_complete(results) else "-quick" if results.is_quick else "-partial"
+    folder = folder if is_complete(results) else CACHE / "results"
+    return folder / f"{results.date}-{slug(results.machine['cpu'])}{kind}.json"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure or render."""
     options = parse(arguments)
@@ -115,10 +128,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         publish(results)
         return 0
-    results = run(make_request(options))
-    kind = "" if is_complete(results) else "-quick" if results.is_quick else "-partial"
-    folder = options.output if is_complete(results) else CACHE / "results"
-    path = folder / f"{results.date}-{slug(results.machine['cpu'])}{kind}.json"
+    if options.add_to:
+        results = run_cases(make_request(options), load(Results, options.add_to, format=FORMAT))
+        path = options.add_to
+    else:
+        results = run(make_request(options))
+        path = _place(results, options.output)
     save(results, path)
     report(f"wrote {path.name}")
     if is_complete(results):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.additions import check_same_setting, with_cases
 from benchmarks.cache_bytes import cache_table
 from benchmarks.machine import describe_machine, harness_versions
 from benchmarks.matrix import Loaded, Plan, measure_size
@@ -84,6 +85,28 @@ def run(request: Request) -> Results:
         quantizing=quantizing_table(
             request.sizes if request.is_quick else (QUANTIZED_SIZE,), threads=threads, report=report
         ),
+    )
+
+
+def run_cases(request: Request, earlier: Results) -> Results:
+    """Measure the cases that were asked for, and nothing else, into the results of an earlier run.
+
+    Raises:
+        ValueError: that was made on another machine, or with another number of threads.
+    """
+    threads = request.plan.threads
+    check_same_setting(earlier, machine=describe_machine(), threads=threads)
+    peers, absent = find_peers(request.peers, request.interpreters)
+    for each in absent:
+        report(str(each))
+    samples, loaded, notes = _matrix(request, peers)
+    return with_cases(
+        earlier,
+        [make_row(each, threads=threads) for each in samples],
+        compare(samples),
+        notes=notes,
+        date=datetime.date.today().isoformat(),
+        versions=_versions(loaded),
     )
 
 

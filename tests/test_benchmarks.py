@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
+    additions,
     contention,
     llama_gguf,
     machine,
@@ -24,6 +25,7 @@ from benchmarks import (  # noqa: E402
     quality,
     results,
     run,
+    session,
     step_overhead,
     summary,
     tables,
@@ -343,6 +345,57 @@ def test_a_run_without_a_case_is_published_only_if_its_notes_say_so(
     results.save(dataclasses.replace(kept, notes=notes), path)
     assert run.main(["--render", str(path)]) == 0
     assert published
+
+
+def test_cases_measured_later_take_their_place_in_an_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_complete_results()
+    notes = [f"{case_label(*case)}, was left out: it takes long." for case in LONGEST]
+    earlier = dataclasses.replace(without_cases(whole, LONGEST), notes=[*notes, "Something else."])
+    later = [make_samples(size) for size, _, _ in LONGEST]
+    for samples, case in zip(later, LONGEST, strict=True):
+        for each in samples:
+            each.case = Case(*case)
+    measured = ([each for samples in later for each in samples], [], [])
+    published: list[results.Results] = []
+    monkeypatch.setattr(run, "publish", published.append)
+    monkeypatch.setattr(session, "find_peers", lambda *_: ({}, []))
+    monkeypatch.setattr(session, "_matrix", lambda *_: measured)
+    monkeypatch.setattr(session, "describe_machine", lambda: earlier.machine)
+    path = tmp_path / "results.json"
+    results.save(earlier, path)
+    options = ["--add-to", str(path), "--sizes", "68m", "150m", "--threads", str(earlier.threads)]
+    assert run.main(options) == 0
+    found = results.load(results.Results, path, format=results.FORMAT)
+    assert published == [found]
+    assert missing_cases(found) == []
+    assert {row.rounds for row in found.rows if (row.size, row.sequences, row.prompt_tokens) in LONGEST} == {
+        3
+    }
+    places = [(each.size, each.prompt_tokens, each.sequences) for each in found.rows]
+    assert places == sorted(places, key=lambda place: (list(SHAPES).index(place[0]), *place[1:]))
+    assert found.notes[0] == "Something else."
+    assert [note.partition(" on ")[0] for note in found.notes[1:]] == [
+        f"{case_label(*case)}, was measured by itself" for case in LONGEST
+    ]
+    assert all(note.endswith(": 3 rounds.") for note in found.notes[1:])
+    # Again, they take the place of themselves.
+    assert run.main(options) == 0
+    again = results.load(results.Results, path, format=results.FORMAT)
+    assert (again.rows, again.comparisons, again.notes) == (found.rows, found.comparisons, found.notes)
+
+
+def test_nothing_is_added_to_the_results_of_another_machine() -> None:
+    earlier = make_complete_results()
+    with pytest.raises(ValueError, match="another machine: cpu differ"):
+        additions.check_same_setting(
+            earlier, machine={**earlier.machine, "cpu": "another"}, threads=earlier.threads
+        )
+    with pytest.raises(ValueError, match=f"had {earlier.threads} threads, this one has 64"):
+        additions.check_same_setting(earlier, machine=earlier.machine, threads=64)
+    with pytest.raises(SystemExit):
+        run.parse(["--add-to", "results.json", "--quick"])
 
 
 def test_the_claim_about_every_row_says_how_many_cases_are_missing() -> None:
