@@ -50,7 +50,7 @@ def with_cases(
         date: of the later run.
         versions: package -> version in the later run.
     """
-    labels = {_label(row): row.rounds for row in rows}
+    labels = {case_label(row): row.rounds for row in rows}
     replaced = (*labels, *(note.partition(", was ")[0] for note in notes))
     kept_notes = [note for note in earlier.notes if not note.startswith(replaced)]
     others = {name: version for name, version in versions.items() if earlier.versions.get(name) != version}
@@ -61,9 +61,9 @@ def with_cases(
     ]
     return replace(
         earlier,
-        rows=_in_order([*(row for row in earlier.rows if _label(row) not in labels), *rows]),
+        rows=_in_order([*(row for row in earlier.rows if case_label(row) not in labels), *rows]),
         comparisons=_in_order(
-            [*(each for each in earlier.comparisons if _label(each) not in labels), *comparisons]
+            [*(each for each in earlier.comparisons if case_label(each) not in labels), *comparisons]
         ),
         notes=[*kept_notes, *notes, *added],
     )
@@ -71,10 +71,6 @@ def with_cases(
 
 def _times(rounds: int) -> str:
     return "1 round" if rounds == 1 else f"{rounds} rounds"
-
-
-def _label(each: Row | Comparison) -> str:
-    return case_label(each.size, each.sequences, each.prompt_tokens)
 
 
 def _in_order(found: Iterable[Placed]) -> list[Placed]:

@@ -42,7 +42,7 @@ def is_complete(results: Results) -> bool:
     if results.is_quick:
         return False
     for case in missing_cases(results):
-        label = case_label(case.size, case.sequences, case.prompt_tokens)
+        label = case_label(case)
         if not any(note.startswith(label) for note in results.notes):
             return False
     absent = {each.peer for each in results.absent}

@@ -106,7 +106,7 @@ def measure_case(
     warm_up = _round(case, workers, bandwidth, plan=plan)
     if warm_up.seconds > plan.longest_round_seconds:
         note = (
-            f"{case_label(case.size, case.sequences, case.prompt_tokens)}, was left out: one round takes "
+            f"{case_label(case)}, was left out: one round takes "
             f"{warm_up.seconds:.0f} s (--longest-round {warm_up.seconds + 1:.0f} includes it)."
         )
         report(note)

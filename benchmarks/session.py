@@ -11,7 +11,7 @@ from benchmarks.additions import check_same_setting, with_cases
 from benchmarks.cache_bytes import cache_table
 from benchmarks.machine import describe_machine, harness_versions
 from benchmarks.matrix import Loaded, Plan, measure_size
-from benchmarks.peers import Installed, find_peers
+from benchmarks.peers import Absent, Installed, find_peers
 from benchmarks.protocol import Worker
 from benchmarks.quality import parity_table, perplexity_table, shared_folder
 from benchmarks.quantizing import QUANTIZED_SIZE, quantizing_table
@@ -42,9 +42,7 @@ def report(message: str) -> None:
 
 def run(request: Request) -> Results:
     """Measure everything that was asked for."""
-    peers, absent = find_peers(request.peers, request.interpreters)
-    for each in absent:
-        report(str(each))
+    peers, absent = _found_peers(request)
     samples, loaded, notes = _matrix(request, peers)
     engine, transformers = peers.get(ENGINE), peers.get(TRANSFORMERS)
     threads, rounds = request.plan.threads, request.plan.rounds
@@ -96,9 +94,7 @@ def run_cases(request: Request, earlier: Results) -> Results:
     """
     threads = request.plan.threads
     check_same_setting(earlier, machine=describe_machine(), threads=threads)
-    peers, absent = find_peers(request.peers, request.interpreters)
-    for each in absent:
-        report(str(each))
+    peers, _ = _found_peers(request)
     samples, loaded, notes = _matrix(request, peers)
     return with_cases(
         earlier,
@@ -108,6 +104,14 @@ def run_cases(request: Request, earlier: Results) -> Results:
         date=datetime.date.today().isoformat(),
         versions=_versions(loaded),
     )
+
+
+def _found_peers(request: Request) -> tuple[dict[str, Installed], list[Absent]]:
+    """The peers that are here, and those that are not, which are reported."""
+    peers, absent = find_peers(request.peers, request.interpreters)
+    for each in absent:
+        report(str(each))
+    return peers, absent
 
 
 def _matrix(

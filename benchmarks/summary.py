@@ -57,9 +57,9 @@ class Spread:
         return cls(statistics.median(listed), min(listed), max(listed))
 
 
-def case_label(size: str, sequences: int, prompt_tokens: int) -> str:
-    """A case in words; a note that begins with it says why the case was left out."""
-    return f"{size}, {sequences} x {prompt_tokens} tokens"
+def case_label(case: Case | Row | Comparison) -> str:
+    """The case of a row or comparison in words; a note that begins with it says why it was left out."""
+    return f"{case.size}, {case.sequences} x {case.prompt_tokens} tokens"
 
 
 @dataclass(frozen=True)

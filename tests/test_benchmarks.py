@@ -341,7 +341,7 @@ def test_a_run_without_a_case_is_published_only_if_its_notes_say_so(
     results.save(dataclasses.replace(kept, notes=[]), path)
     assert run.main(["--render", str(path)]) == 2
     assert not published
-    notes = [f"{case_label(*case)}, was left out: it takes long." for case in LONGEST]
+    notes = [f"{case_label(Case(*case))}, was left out: it takes long." for case in LONGEST]
     results.save(dataclasses.replace(kept, notes=notes), path)
     assert run.main(["--render", str(path)]) == 0
     assert published
@@ -351,7 +351,7 @@ def test_cases_measured_later_take_their_place_in_an_earlier_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_complete_results()
-    notes = [f"{case_label(*case)}, was left out: it takes long." for case in LONGEST]
+    notes = [f"{case_label(Case(*case))}, was left out: it takes long." for case in LONGEST]
     earlier = dataclasses.replace(without_cases(whole, LONGEST), notes=[*notes, "Something else."])
     later = [make_samples(size) for size, _, _ in LONGEST]
     for samples, case in zip(later, LONGEST, strict=True):
@@ -377,7 +377,7 @@ def test_cases_measured_later_take_their_place_in_an_earlier_run(
     assert places == sorted(places, key=lambda place: (list(SHAPES).index(place[0]), *place[1:]))
     assert found.notes[0] == "Something else."
     assert [note.partition(" on ")[0] for note in found.notes[1:]] == [
-        f"{case_label(*case)}, was measured by itself" for case in LONGEST
+        f"{case_label(Case(*case))}, was measured by itself" for case in LONGEST
     ]
     assert all(note.endswith(": 3 rounds.") for note in found.notes[1:])
     # Again, they take the place of themselves.
