@@ -17,8 +17,8 @@ import numpy as np
 from benchmarks.protocol import PROMPT_ID_LIMIT, reset_peak_memory, serve
 from modernbert_decoder import LLM, SamplingParams
 from modernbert_decoder.cli.formats import bytes_per_weight
+from modernbert_decoder.engine.calls import Row
 from modernbert_decoder.engine.request import Request
-from modernbert_decoder.engine.runtime import Row
 
 # variant -> dtype, vocabulary_dtype
 DTYPES: Mapping[str, tuple[str, str | None]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from modernbert_decoder.architecture import DecoderArchitecture, LayerKind, RotaryParameters
 from modernbert_decoder.checkpoint import BUNDLED_MODEL, Checkpoint, find_checkpoint, write_safetensors
 from modernbert_decoder.engine.batch_invariance import Pairs
+from modernbert_decoder.engine.calls import Row, Stepwise
 from modernbert_decoder.engine.graph import build_graph
-from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.selective import divided_projection
 from modernbert_decoder.engine.weights import load_weights, rotary_tables
 from modernbert_decoder.quantization import QuantizationScheme
@@ -116,6 +118,7 @@ def open_runtime(
     threads: int = 1,
     is_selective: bool = False,
     pairs: Pairs | None = None,
+    num_stepwise: int = 0,
 ) -> Runtime:
     """A runtime on a checkpoint, without `LLM`, scheduler and graph cache."""
     checkpoint = Checkpoint.open(folder)
@@ -125,9 +128,10 @@ def open_runtime(
     weights = load_weights(checkpoint, scheme, threads=threads)
     if is_selective:
         weights = divided_projection(weights, architecture, scheme)
+    build = partial(build_graph, architecture, scheme, num_positions=context_length)
     return Runtime(
         architecture,
-        build_graph(architecture, scheme, num_positions=context_length, is_selective=is_selective),
+        build(is_selective=is_selective),
         {**weights, **rotary_tables(architecture, context_length)},
         num_slots=num_slots,
         context_length=context_length,
@@ -135,6 +139,7 @@ def open_runtime(
         providers=["CPUExecutionProvider"],
         is_selective=is_selective,
         pairs=pairs,
+        stepwise=Stepwise(partial(build, num_stepwise=num_stepwise), num_stepwise) if num_stepwise else None,
     )
 
 

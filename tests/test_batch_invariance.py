@@ -20,6 +20,7 @@ from modernbert_decoder import LLM, AsyncLLM, CompletionOutput, SamplingParams
 from modernbert_decoder.architecture import LayerKind
 from modernbert_decoder.checkpoint import BUNDLED_MODEL
 from modernbert_decoder.engine.batch_invariance import CallShape, Pairs, chunk_end, pieces
+from modernbert_decoder.engine.calls import Row
 from modernbert_decoder.engine.kv_cache import Slot
 from modernbert_decoder.engine.prefix_cache import MIN_GAP
 from modernbert_decoder.engine.rings import (
@@ -29,7 +30,7 @@ from modernbert_decoder.engine.rings import (
     ring_length,
     summed_terms,
 )
-from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.quantization import QuantizationScheme
 
 # Matrices of 128 columns and more, as only blocks of 64 values or more are summed in two ways.
@@ -130,6 +131,71 @@ def test_logits_do_not_depend_on_neighbours_or_cuts(
             assert mixed == alone
 
     check()
+
+
+NUM_STEPWISE = 10
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_of_a_row_with_many_logits_equal_single_ones(
+    tmp_path: Path, shape: str, formats: tuple[str, str | None]
+) -> None:
+    """Also when wrong ones were fed and taken back, at every place of a ring and beside others."""
+    architecture = tiny_architecture(**SHAPES[shape])
+    runtime = invariant_runtime(
+        write_checkpoint(tmp_path, architecture),
+        QuantizationScheme.named(*formats),
+        context_length=400,
+        num_stepwise=NUM_STEPWISE,
+    )
+    cache, choice = runtime.cache, random.Random(0)
+    texts = [random_ids(architecture, 330, seed=seed) for seed in range(3)]
+    num_prompts = [2, 75, 40]
+
+    def begun(index: int) -> Slot:
+        slot = cache.allocate()
+        runtime.step([Row(slot, texts[index][: num_prompts[index]], 0)])
+        return slot
+
+    alone: list[list[bytes]] = []
+    for index, text in enumerate(texts):
+        slot = begun(index)
+        alone.append([runtime.step([Row(slot, [each])])[0][0].tobytes() for each in text[slot.length :]])
+        cache.free(slot)
+
+    def coming(index: int, slot: Slot) -> Row:
+        """A few tokens, of which the last may be wrong ones."""
+        right = choice.randrange(1, NUM_STEPWISE)
+        wrong = choice.choice([0, 0, 1, 4])
+        room = cache.num_reversible(slot.length + 1)
+        tokens = texts[index][slot.length :][:right]
+        tokens += [int(each) for each in random_ids(architecture, wrong, seed=slot.length)] if wrong else []
+        tokens = tokens[: max(1, min(NUM_STEPWISE - 1, 1 + room, cache.capacity - slot.length))]
+        return Row(slot, tokens, len(tokens))
+
+    slots = {index: begun(index) for index in range(len(texts))}
+    num_several = 0
+    while slots:
+        rows = {i: coming(i, slot) for i, slot in slots.items() if choice.random() < 0.8}
+        before = {i: slots[i].length for i in rows}
+        if not rows:
+            continue
+        for (i, row), logits in zip(rows.items(), runtime.step(list(rows.values())), strict=True):
+            start, text = before[i], texts[i]
+            num_right = 0
+            for place, token_id in enumerate(row.token_ids):
+                if start + place == len(text) or token_id != text[start + place]:
+                    break
+                assert logits[place].tobytes() == alone[i][start + place - num_prompts[i]], (i, start, place)
+                num_right += 1
+            num_several += num_right > 1
+            cache.truncate(row.slot, start + num_right)
+        for i, slot in list(slots.items()):
+            if slot.length >= len(texts[i]):
+                cache.free(slots.pop(i))
+    assert num_several > 30
+    runtime.close()
 
 
 def has_vnni() -> bool:

@@ -22,10 +22,10 @@ from checkpoints import (
 )
 from modernbert_decoder.architecture import LayerKind, released_architecture
 from modernbert_decoder.checkpoint import BUNDLED_MODEL
+from modernbert_decoder.engine.calls import Row
 from modernbert_decoder.engine.kv_cache import KEPT_TOKENS, KVCache, Slot, SlotBuffer
 from modernbert_decoder.engine.llm import LLM
 from modernbert_decoder.engine.rings import RING_SLACK, ring_length
-from modernbert_decoder.engine.runtime import Row
 from modernbert_decoder.errors import InputError
 
 FULL, SLIDING = LayerKind.FULL, LayerKind.SLIDING

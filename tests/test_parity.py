@@ -16,7 +16,8 @@ from modernbert_decoder.architecture import (
     RotaryParameters,
     released_architecture,
 )
-from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.calls import Row
+from modernbert_decoder.engine.runtime import Runtime
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -19,8 +19,9 @@ from checkpoints import (
     write_checkpoint,
 )
 from modernbert_decoder.architecture import DecoderArchitecture
+from modernbert_decoder.engine.calls import Row
 from modernbert_decoder.engine.kv_cache import Slot
-from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.errors import InputError
 
 # Matrix kernels for one row and for many add up in another order: float32 rounding through a few layers.

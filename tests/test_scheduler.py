@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from checkpoints import open_runtime, random_ids, tiny_architecture, write_checkpoint
+from modernbert_decoder.engine.calls import Row
 from modernbert_decoder.engine.request import Request
-from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.sampling import SamplingParams
 from modernbert_decoder.engine.scheduler import Scheduler
 from modernbert_decoder.tokenizer import Tokenizer

@@ -24,9 +24,9 @@ from hypothesis.stateful import (
 from numpy.typing import NDArray
 
 from checkpoints import byte_tokenizer, random_ids, tiny_architecture
+from modernbert_decoder.engine.calls import Row
 from modernbert_decoder.engine.kv_cache import KVCache
 from modernbert_decoder.engine.request import Request
-from modernbert_decoder.engine.runtime import Row
 from modernbert_decoder.engine.sampling import SamplingParams
 from modernbert_decoder.engine.scheduler import Scheduler
 from modernbert_decoder.errors import EngineFailedError, InputError

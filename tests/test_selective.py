@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from checkpoints import open_runtime, random_ids, relative_error, tiny_architecture, write_checkpoint
 from modernbert_decoder.architecture import Head, LayerKind
+from modernbert_decoder.engine.calls import Piece
 from modernbert_decoder.engine.graph import build_graph
 from modernbert_decoder.engine.reading_cache import ReadingCache
-from modernbert_decoder.engine.runtime import Piece, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.selective import Selection, is_worthwhile
 from modernbert_decoder.quantization import QuantizationScheme
 

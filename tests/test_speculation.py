@@ -26,7 +26,8 @@ from checkpoints import (
 )
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.cli import main
-from modernbert_decoder.engine.draft_length import DraftLength, StepCosts
+from modernbert_decoder.engine.calls import Row
+from modernbert_decoder.engine.draft_length import DraftLength, Luck, StepCosts
 from modernbert_decoder.engine.draft_model import DraftModel
 from modernbert_decoder.engine.kv_cache import KVCache
 from modernbert_decoder.engine.llm import LLM
@@ -35,7 +36,7 @@ from modernbert_decoder.engine.prefix_cache import PrefixCache
 from modernbert_decoder.engine.prompt_lookup import PromptLookup
 from modernbert_decoder.engine.request import Request
 from modernbert_decoder.engine.rings import ring_length
-from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.sampling import SamplingParams
 from modernbert_decoder.engine.scheduler import Scheduler
 from modernbert_decoder.engine.speculation import Drafter, Speculation, Speculator
@@ -642,16 +643,16 @@ def costs(plain: float, each: float) -> StepCosts:
 
 
 def test_nothing_is_drafted_before_a_plain_step_was_measured() -> None:
-    assert DraftLength(8).choose(StepCosts(), num_rows=1) == 0
+    assert DraftLength(8, Luck()).choose(StepCosts(), num_rows=1) == 0
 
 
 @pytest.mark.parametrize(("each", "expected"), [(0.0, 8), (0.05, 8), (0.3, 3), (0.9, 0)])
 def test_the_dearer_a_draft_the_fewer_are_made(each: float, expected: int) -> None:
-    assert DraftLength(8).choose(costs(1.0, each), num_rows=1) == expected
+    assert DraftLength(8, Luck()).choose(costs(1.0, each), num_rows=1) == expected
 
 
 def test_more_rows_make_drafts_pay_less() -> None:
-    chosen = [DraftLength(8).choose(costs(1.0, 0.2), num_rows=rows) for rows in (1, 2, 4, 8)]
+    chosen = [DraftLength(8, Luck()).choose(costs(1.0, 0.2), num_rows=rows) for rows in (1, 2, 4, 8)]
     assert chosen == sorted(chosen, reverse=True)
     assert chosen[0] > 0
     assert chosen[-1] == 0
@@ -673,7 +674,7 @@ def simulate(length: DraftLength, known: StepCosts, is_right: Callable[[int], bo
 
 
 def test_drafts_that_are_never_right_are_soon_given_up_and_retried_seldom() -> None:
-    chosen = simulate(DraftLength(8), costs(1.0, 0.1), lambda _: False, 2000)
+    chosen = simulate(DraftLength(8, Luck()), costs(1.0, 0.1), lambda _: False, 2000)
     assert 0 < sum(map(bool, chosen)) < 100
     assert sum(map(bool, chosen[1000:])) < 40
     assert any(chosen[1000:])
@@ -682,18 +683,37 @@ def test_drafts_that_are_never_right_are_soon_given_up_and_retried_seldom() -> N
 
 
 def test_drafts_that_are_always_right_become_as_long_as_allowed() -> None:
-    assert set(simulate(DraftLength(8), costs(1.0, 0.1), lambda _: True, 50)[5:]) == {8}
+    assert set(simulate(DraftLength(8, Luck()), costs(1.0, 0.1), lambda _: True, 50)[5:]) == {8}
 
 
 def test_drafting_comes_back_when_drafts_become_right_again() -> None:
-    length = DraftLength(8)
+    length = DraftLength(8, Luck())
     known = costs(1.0, 0.1)
     simulate(length, known, lambda _: False, 500)
     assert 8 in simulate(length, known, lambda _: True, 300)
 
 
+def test_a_new_request_tries_few_drafts_where_others_had_no_luck() -> None:
+    known, luck = costs(1.0, 0.1), Luck()
+    first = simulate(DraftLength(8, luck), known, lambda _: False, 60)
+    assert max(first) > 2
+    simulate(DraftLength(8, luck), known, lambda _: False, 2000)
+    later = simulate(DraftLength(8, luck), known, lambda _: False, 60)
+    assert 0 < sum(later) < 8
+    # It goes by what it sees itself as soon as it sees something.
+    assert 8 in simulate(DraftLength(8, luck), known, lambda _: True, 20)
+
+
+def test_a_probe_waits_for_something_to_draft() -> None:
+    known, luck = costs(1.0, 0.1), Luck(0.0)
+    length = DraftLength(8, luck)
+    assert [length.choose(known, num_rows=1) for _ in range(50)] == [2] * 50
+    length.learn(num_accepted=0, was_rejected=True)
+    assert length.choose(known, num_rows=1) == 0
+
+
 def test_drafts_that_are_right_and_cost_too_much_are_tried_ever_more_seldom() -> None:
-    chosen = simulate(DraftLength(8), costs(1.0, 1.3), lambda _: True, 2000)
+    chosen = simulate(DraftLength(8, Luck()), costs(1.0, 1.3), lambda _: True, 2000)
     assert 0 < sum(map(bool, chosen)) < 20
 
 
@@ -769,26 +789,49 @@ def test_an_llm_gives_the_same_with_speculation(plain: LLM, speculation: Specula
 PARTING_PROMPTS = (STORY, "Once upon a time", "The ship sailed on, and the wind ", "In the deep wood")
 # Of a token's log-probability, between a step that verifies drafts and steps of single tokens.
 PARTING = {"float32": 1e-4, "int8": 0.15, "int4": 0.15, "w8a8": 0.15}
+SPECULATIONS = (
+    Speculation(adaptive=False),
+    Speculation(),
+    Speculation(draft_model="storyteller", dtype="int4", adaptive=False, max_draft=4),
+)
 
 
 @pytest.mark.parametrize("dtype", list(PARTING))
-def test_texts_part_from_those_without_drafts_only_where_two_tokens_are_about_as_likely(dtype: str) -> None:
-    params = SamplingParams(temperature=0, max_tokens=100, logprobs=5, ignore_eos=True)
-    with LLM("storyteller", dtype=dtype, threads=1, batch_invariant=True) as llm:
-        expected = [output.outputs[0] for output in llm.generate(PARTING_PROMPTS, params)]
-    for speculation in (
-        Speculation(adaptive=False),
-        Speculation(draft_model="storyteller", dtype="int4", adaptive=False, max_draft=4),
-    ):
-        with LLM("storyteller", dtype=dtype, threads=1, batch_invariant=True, speculation=speculation) as llm:
-            given = [llm.generate(prompt, params)[0].outputs[0] for prompt in PARTING_PROMPTS]
-            # What drafts change is the same in every run, unless the clock decides how many there are.
-            assert llm.generate(PARTING_PROMPTS[0], params)[0].outputs[0].token_ids == given[0].token_ids
+def test_a_batch_invariant_llm_gives_the_same_to_the_last_bit_with_speculation(dtype: str) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=100, logprobs=5, ignore_eos=True)
+    drawn = SamplingParams(temperature=0.6, seed=1, max_tokens=60, logprobs=2)
+    options: dict[str, Any] = {"dtype": dtype, "threads": 1, "batch_invariant": True}
+    with LLM("storyteller", **options) as llm:
+        expected = [
+            [output.outputs for output in llm.generate(PARTING_PROMPTS, each)] for each in (greedy, drawn)
+        ]
+    for speculation in SPECULATIONS:
+        with LLM("storyteller", speculation=speculation, **options) as llm:
+            given = [
+                [llm.generate(prompt, each)[0].outputs for prompt in PARTING_PROMPTS]
+                for each in (greedy, drawn)
+            ]
             speculator = llm._driver.scheduler.speculator
             assert speculator is not None
-            assert speculator.num_accepted > 40
-        for ours, theirs in zip(given, expected, strict=True):
-            assert_equal_until_a_near_tie(ours, theirs, tolerance=PARTING[dtype])
+            assert speculator.num_accepted > (0 if speculation.adaptive else 40)
+        assert given == expected
+
+
+@pytest.mark.parametrize("dtype", list(PARTING))
+def test_in_other_llms_texts_part_only_where_two_tokens_are_about_as_likely(dtype: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=100, logprobs=5, ignore_eos=True)
+    with LLM("storyteller", dtype=dtype, threads=1) as llm:
+        expected = [llm.generate(prompt, params)[0].outputs[0] for prompt in PARTING_PROMPTS]
+    speculation = Speculation(adaptive=False)
+    with LLM("storyteller", dtype=dtype, threads=1, speculation=speculation) as llm:
+        given = [llm.generate(prompt, params)[0].outputs[0] for prompt in PARTING_PROMPTS]
+        # What drafts change is the same in every run, unless the clock decides how many there are.
+        assert llm.generate(PARTING_PROMPTS[0], params)[0].outputs[0].token_ids == given[0].token_ids
+        speculator = llm._driver.scheduler.speculator
+        assert speculator is not None
+        assert speculator.num_accepted > 40
+    for ours, theirs in zip(given, expected, strict=True):
+        assert_equal_until_a_near_tie(ours, theirs, tolerance=PARTING[dtype])
 
 
 def assert_equal_until_a_near_tie(

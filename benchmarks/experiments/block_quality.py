@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.experiments.graphs import Shipped, ZeroPoints, build
 from benchmarks.experiments.models import Model
 from modernbert_decoder.checkpoint import BUNDLED_MODEL, Checkpoint, find_checkpoint
-from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.calls import Row
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.quantization import MatrixFormat, QuantizationScheme
 
 _POSITIONS = 512

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from benchmarks.experiments.heads import NUM_CANDIDATES
 from modernbert_decoder.architecture import DecoderArchitecture
+from modernbert_decoder.engine.calls import Row
 from modernbert_decoder.engine.kv_cache import KVCache
-from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.selection import Workspace, log_sum_exp, top_k_ids
 
 CONTEXT = 1024

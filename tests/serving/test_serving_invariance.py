@@ -12,7 +12,7 @@ from servers import RunningServer, events, running
 from modernbert_decoder import LLM, SamplingParams
 from modernbert_decoder.serving.settings import EngineSettings, parse_models
 
-DTYPES = ("float32", "int8", "int4", "w8a8")
+DTYPES = ("float32", "int8", "int4", "w8a8", "int4+w8a8")
 PROMPTS = ("Once", "Once upon a time there was a queen who " * 20, "The ship sailed on, and the wind " * 3)
 BODIES: list[dict[str, Any]] = [
     {"prompt": prompt, "max_tokens": length, "ignore_eos": True, "logprobs": 1, **how}
@@ -38,7 +38,8 @@ def test_requests_beside_others_are_answered_as_by_the_model_alone(server: Runni
         text = "".join(part["text"] for part in parts)
         return [(text, [value for part in parts for value in part["logprobs"]["token_logprobs"]])]
 
-    with LLM("storyteller", dtype=dtype, batch_invariant=True) as llm:
+    written, _, read = dtype.partition("+")
+    with LLM("storyteller", dtype=written, prefill_dtype=read or None, batch_invariant=True) as llm:
         expected = [alone(llm, body) for body in BODIES]
     # More than there are slots: 36 requests of 60 completions.
     bodies = [{"model": dtype, **body} for body in BODIES]
@@ -57,6 +58,22 @@ def alone(llm: LLM, body: dict[str, Any]) -> list[tuple[str, list[float]]]:
         chosen = [logprobs[token] for token, logprobs in zip(each.token_ids, each.logprobs, strict=True)]
         found.append((each.text, [each.logprob for each in chosen]))
     return found
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_drafts_change_nothing_to_the_last_digit(dtype: str) -> None:
+    begin = "The dog and the cat, the dog and the cat, "
+    bodies = [{**body, "prompt": begin + body["prompt"]} for body in BODIES]
+    with LLM("storyteller", dtype=dtype, batch_invariant=True) as llm:
+        expected = [alone(llm, body) for body in bodies]
+    settings = EngineSettings(draft="lookup")
+    with running(parse_models([f"story=storyteller:{dtype}"]), engine=settings) as started:
+        for body, wanted in zip(bodies, expected, strict=True):
+            choices = started.post("/v1/completions", {"model": "story", **body}).json()["choices"]
+            assert [(each["text"], each["logprobs"]["token_logprobs"]) for each in choices] == wanted
+        speculator = started.engine("story").llm._driver.scheduler.speculator
+        assert speculator is not None
+        assert speculator.num_accepted > 0
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -232,8 +232,8 @@ def _time_once(runtime: Runtime, num_sequences: int, *, num_steps: int) -> tuple
     """Seconds to prefill all prompts, and seconds of each decode step; greedy choice included."""
     import numpy as np
 
+    from modernbert_decoder.engine.calls import Row
     from modernbert_decoder.engine.llm import DEFAULT_CHUNK_SIZE
-    from modernbert_decoder.engine.runtime import Row
 
     size = runtime.architecture.vocab_size
     prompts = np.random.default_rng(1).integers(0, size, (num_sequences, PROMPT_TOKENS)).tolist()

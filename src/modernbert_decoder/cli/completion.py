@@ -98,6 +98,7 @@ def complete(options: CompletionOptions, *, providers: Sequence[str] | None = No
         options.model,
         dtype=options.dtype,
         vocabulary_dtype=options.vocabulary_dtype,
+        prefill_dtype=options.prefill_dtype,
         adapter=options.adapter,
         revision=options.revision,
         threads=options.threads,

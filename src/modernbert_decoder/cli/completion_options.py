@@ -29,6 +29,7 @@ class CompletionOptions:
     revision: str | None
     dtype: str | None
     vocabulary_dtype: str | None
+    prefill_dtype: str | None
     adapter: str | None
     max_tokens: int | str
     min_tokens: int
@@ -126,6 +127,11 @@ def completion_options(function: Callable[..., None]) -> Callable[..., None]:
             model_option,
             click.option("--dtype", type=click.Choice(DTYPES), help=_DTYPE_HELP),
             vocabulary_dtype_option,
+            click.option(
+                "--prefill-dtype",
+                type=click.Choice(DTYPES),
+                help="Another format to read the prompt in: w8a8 is fastest, and takes memory of its own.",
+            ),
             adapter_option,
             *_LENGTH_OPTIONS,
             *_SAMPLING_OPTIONS,

@@ -158,7 +158,8 @@ def command(
 ) -> None:
     """Serve MODELs over HTTP to clients of OpenAI's API; a page to try them is at /, the API's at /docs.
 
-    DTYPE is float32, int8, int4 or w8a8. NAME is what requests call the model. See docs/serving.md.
+    DTYPE is float32, int8, int4 or w8a8; int8+w8a8 reads prompts in the latter. NAME is what requests
+    call the model. See docs/serving.md.
     """
     with interrupts_deferred():
         _require_packages()

@@ -1,7 +1,7 @@
 """How many tokens to draft: learned from what steps cost and from how many drafts were accepted.
 
-`StepCosts` knows seconds, `DraftLength` one request's luck. Nothing that a request gets depends on either, so
-they may follow the clock.
+`StepCosts` knows seconds, `Luck` how many drafts were right, of one request or of all, and `DraftLength`
+chooses. Nothing that a request gets depends on them, so they may follow the clock.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ _ASSUMED_SHARE: Final = 0.1
 # Weights of a new measurement. Other programs only ever slow a step down, so lower ones count for more.
 _WEIGHT_BELOW: Final = 0.5
 _WEIGHT_ABOVE: Final = 0.1
-# Before anything is known of a request, it counts as so many drafts of which this share was accepted.
+# Before anything is known, that counts as so many drafts of which this share was accepted.
 _PRIOR_TRIED: Final = 2.0
-_PRIOR_ACCEPTED: Final = 0.8 * _PRIOR_TRIED
-# Each step, earlier drafts count for this much less.
+_PRIOR_SHARE: Final = 0.8
+# Each step, earlier drafts count for this much less: those of a request, and those of all.
 _DECAY: Final = 0.9
+_DECAY_OF_ALL: Final = 0.98
 # Drafting must promise to be so much faster than not drafting.
 _MARGIN: Final = 1.02
 # Steps without drafts after drafting stopped paying, doubled each time until it has paid for as many steps as
 # the first pause is long; then so many tokens are tried.
 _FIRST_PAUSE: Final = 16
+# Steps for which a choice holds while nothing is learned: costs change slowly, and to choose costs some, too.
+_HOLDS_FOR: Final = 64
 _LONGEST_PAUSE: Final = 256
 _PROBE_LENGTH: Final = 2
 
@@ -72,23 +75,52 @@ class StepCosts:
         return self._seconds[below] + slope * (num_drafts - below)
 
 
+class Luck:
+    """The share of drafts that were right, the latest counting most.
+
+    Args:
+        share: what to expect before anything is known.
+        decay: what earlier drafts count for after another step.
+    """
+
+    def __init__(self, share: float = _PRIOR_SHARE, *, decay: float = _DECAY_OF_ALL) -> None:
+        self._decay = decay
+        self._tried = _PRIOR_TRIED
+        self._accepted = share * _PRIOR_TRIED
+
+    @property
+    def share(self) -> float:
+        """Accepted of those tried."""
+        return self._accepted / self._tried
+
+    def learn(self, *, num_accepted: int, was_rejected: bool) -> None:
+        """Learns from one step: so many drafts were right, and whether the next one was wrong."""
+        self._accepted = self._decay * self._accepted + num_accepted
+        self._tried = self._decay * self._tried + num_accepted + was_rejected
+
+
 class DraftLength:
     """Chooses how many tokens to draft for one request; 0 for a while when it does not pay.
 
     Args:
         longest: most tokens it may choose.
+        general: of all requests, what a new one starts from; it learns from this one, too.
     """
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, general: Luck) -> None:
         self._longest = longest
+        self._general = general
         self._next_pause = _FIRST_PAUSE
         self._pause = 0
         self._num_paying = 0
-        self._forget()
+        self._held = 0
+        self._start_anew()
 
-    def _forget(self) -> None:
-        self._tried = _PRIOR_TRIED
-        self._accepted = _PRIOR_ACCEPTED
+    def _start_anew(self) -> None:
+        self._own = Luck(self._general.share, decay=_DECAY)
+        # Where others had no luck, a few drafts show whether this one has.
+        self._is_probing = True
+        self._held_for = 0
 
     def choose(self, costs: StepCosts, *, num_rows: int) -> int:
         """How many tokens to draft in the coming step, which `num_rows` requests share."""
@@ -97,7 +129,27 @@ class DraftLength:
         if self._pause:
             self._pause -= 1
             return 0 if self._pause else min(_PROBE_LENGTH, self._longest)
-        probability = self._accepted / self._tried
+        if self._held_for:
+            self._held_for -= 1
+            return self._held
+        best = self._best(self._own.share, costs, num_rows)
+        if best:
+            self._num_paying += 1
+            if self._num_paying == _FIRST_PAUSE:
+                self._next_pause = _FIRST_PAUSE
+        elif self._is_probing and self._best(_PRIOR_SHARE, costs, num_rows):
+            best = min(_PROBE_LENGTH, self._longest)
+        else:
+            self._num_paying = 0
+            self._pause = self._next_pause
+            self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
+            self._start_anew()
+            return 0
+        self._held, self._held_for = best, _HOLDS_FOR
+        return best
+
+    def _best(self, probability: float, costs: StepCosts, num_rows: int) -> int:
+        """How many drafts give most tokens a second if each is right with this probability; 0 for none."""
         best, best_rate = 0, _MARGIN * num_rows / costs.estimate(0)
         num_expected = float(num_rows)
         for count in range(1, self._longest + 1):
@@ -105,18 +157,11 @@ class DraftLength:
             rate = num_expected / costs.estimate(count)
             if rate > best_rate:
                 best, best_rate = count, rate
-        if best:
-            self._num_paying += 1
-            if self._num_paying == _FIRST_PAUSE:
-                self._next_pause = _FIRST_PAUSE
-        else:
-            self._num_paying = 0
-            self._pause = self._next_pause
-            self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
-            self._forget()
         return best
 
     def learn(self, *, num_accepted: int, was_rejected: bool) -> None:
         """Learns from one step: so many drafts were right, and whether the next one was wrong."""
-        self._accepted = _DECAY * self._accepted + num_accepted
-        self._tried = _DECAY * self._tried + num_accepted + was_rejected
+        self._is_probing = False
+        self._held_for = 0
+        for luck in (self._own, self._general):
+            luck.learn(num_accepted=num_accepted, was_rejected=was_rejected)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
+from modernbert_decoder.engine.calls import Row
 from modernbert_decoder.engine.kv_cache import Slot
 from modernbert_decoder.engine.loading import open_runtime, require_head
 from modernbert_decoder.engine.request import Request
-from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.weights import resolve_scheme
 from modernbert_decoder.errors import InputError
 from modernbert_decoder.tokenizer import Tokenizer

@@ -47,6 +47,7 @@ def build_graph(
     num_positions: int,
     activation_levels: int = 127,
     is_selective: bool = False,
+    num_stepwise: int = 0,
 ) -> bytes:
     """The serialized graph, without weights, of the model with its head.
 
@@ -67,12 +68,21 @@ def build_graph(
     new tokens alone, for the caller to put behind the others. The weights are those of
     `selective.divided_projection`.
 
+    In a stepwise graph attention takes the tokens of a row one after another, so that its sums are those of
+    so many calls of one token each, while all else is computed for all tokens together. Of up to
+    `num_stepwise` places, j = 0, 1, ..., each has its own `last_positions.j`, `longest.j` and
+    `query_lengths.j`, all 0 in rows that have fewer tokens, and outputs `present_key.i.j` and
+    `present_value.i.j`, to be bound to the memory of `past_key.i` and `past_value.i`, as in every graph.
+    `places` (num_stepwise,) int64 names the token of each, any for those that are not used, and
+    `token_places` (S,) int64 the place of each token, any for padding.
+
     Args:
         architecture: of the model.
         scheme: of its weights.
         num_positions: rows of the rotary tables.
         activation_levels: of each sign, where activations are rounded token by token.
         is_selective: see above; the last layer must be a full one.
+        num_stepwise: see above; 0 for a graph that is not stepwise.
 
     Raises:
         ConfigurationError: a head width that ONNX Runtime's rotary kernel cannot take.
@@ -82,7 +92,7 @@ def build_graph(
             f"the head width is {architecture.head_dim} (hidden_size {architecture.hidden_size} / "
             f"num_attention_heads {architecture.num_attention_heads}); the engine needs a multiple of 16"
         )
-    graph = _GraphBuilder(architecture, scheme, num_positions, activation_levels)
+    graph = _GraphBuilder(architecture, scheme, num_positions, activation_levels, num_stepwise)
     graph.build(is_selective=is_selective)
     return graph.serialized()
 
@@ -96,11 +106,13 @@ class _GraphBuilder:
         scheme: QuantizationScheme,
         num_positions: int,
         activation_levels: int,
+        num_stepwise: int = 0,
     ) -> None:
         self.architecture = architecture
         self.scheme = scheme
         self.num_positions = num_positions
         self.activation_levels = activation_levels
+        self.num_stepwise = num_stepwise
         self.shapes = fused_shapes(architecture)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
@@ -168,26 +180,44 @@ class _GraphBuilder:
     def attention_output(self, index: int, h: str) -> str:
         """Rotary attention over past and new tokens, with the cache updated in place."""
         kind = self.architecture.layer_kinds[index]
-        is_sliding = kind is LayerKind.SLIDING
         name = f"model.layers.{index}.attn"
         qkv = self.linear(f"{name}.Wqkv", h)
-        cos, sin = self._rotary_tables(index)
+        capacity = "R" if kind is LayerKind.SLIDING else "P"
         past = [f"past_key.{index}", f"past_value.{index}"]
-        present = [f"present_key.{index}", f"present_value.{index}"]
-        capacity = "R" if is_sliding else "P"
-        cache: list[str | int] = [
-            "B",
-            self.architecture.num_attention_heads,
-            capacity,
-            self.architecture.head_dim,
-        ]
-        self.inputs += [_value(tensor, TensorProto.FLOAT, cache) for tensor in past]
-        self.outputs += [_value(tensor, TensorProto.FLOAT, cache) for tensor in present]
+        self.inputs += [_value(tensor, TensorProto.FLOAT, self._cache_shape(capacity)) for tensor in past]
+        if not self.num_stepwise:
+            present = [f"present_key.{index}", f"present_value.{index}"]
+            return self.cached_attention(index, qkv, past, present, f"{name}.output")
+        parts = [f"{name}.qkv.{j}" for j in range(self.num_stepwise)]
+        in_places = self.op("Gather", [qkv, "places"], axis=1)
+        self.multi_op("Split", [in_places], outputs=parts, axis=1, num_outputs=len(parts))
+        outputs = []
+        for j, part in enumerate(parts):
+            present = [f"present_key.{index}.{j}", f"present_value.{index}.{j}"]
+            output = f"{name}.output.{j}"
+            outputs.append(self.cached_attention(index, part, past, present, output, place=f".{j}"))
+            past = present  # so that no place is computed before the one before it
+        return self.op("Gather", [self.op("Concat", outputs, axis=1), "token_places"], axis=1)
+
+    def cached_attention(
+        self,
+        index: int,
+        qkv: str,
+        past: Sequence[str],
+        present: Sequence[str],
+        output: str,
+        *,
+        place: str = "",
+    ) -> str:
+        """Rotary attention of some tokens (B, S, C), with keys and values put into the cache."""
+        is_sliding = self.architecture.layer_kinds[index] is LayerKind.SLIDING
+        shape = self._cache_shape("R" if is_sliding else "P")
+        self.outputs += [_value(tensor, TensorProto.FLOAT, shape) for tensor in present]
+        lengths = [f"{name}{place}" for name in ("last_positions", "longest")]
         window = {"local_window_size": self.architecture.window, "sliding_window_cache": 1}
-        output = f"{name}.output"
         self.multi_op(
             "GroupQueryAttention",
-            [qkv, "", "", *past, "last_positions", "longest", cos, sin, *[""] * 7, "query_lengths"],
+            [qkv, "", "", *past, *lengths, *self._rotary_tables(index), *[""] * 7, f"query_lengths{place}"],
             outputs=[output, *present],
             domain=_CONTRIB,
             num_heads=self.architecture.num_attention_heads,
@@ -196,6 +226,9 @@ class _GraphBuilder:
             **(window if is_sliding else {}),
         )
         return output
+
+    def _cache_shape(self, capacity: str) -> list[str | int]:
+        return ["B", self.architecture.num_attention_heads, capacity, self.architecture.head_dim]
 
     def selective_layer(self, index: int, x: str) -> str:
         """The residual stream (B, Q, C) of the selected tokens after a full layer."""
@@ -437,11 +470,19 @@ class _GraphBuilder:
     def _declare_inputs(self) -> None:
         self.inputs += [
             _value("input_ids", TensorProto.INT64, ["B", "S"]),
-            _value("last_positions", TensorProto.INT32, ["B"]),
-            _value("longest", TensorProto.INT32, []),
-            _value("query_lengths", TensorProto.INT32, ["B"]),
             _value("state_positions", TensorProto.INT64, ["N"]),
         ]
+        for place in [f".{j}" for j in range(self.num_stepwise)] or [""]:
+            self.inputs += [
+                _value(f"last_positions{place}", TensorProto.INT32, ["B"]),
+                _value(f"longest{place}", TensorProto.INT32, []),
+                _value(f"query_lengths{place}", TensorProto.INT32, ["B"]),
+            ]
+        if self.num_stepwise:
+            self.inputs += [
+                _value("places", TensorProto.INT64, [self.num_stepwise]),
+                _value("token_places", TensorProto.INT64, ["S"]),
+            ]
         if self.architecture.head is not Head.NONE:
             self.inputs.append(_value("logit_positions", TensorProto.INT64, ["M"]))
 

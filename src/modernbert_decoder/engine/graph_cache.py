@@ -31,6 +31,7 @@ def cached_graph(
     *,
     num_positions: int,
     is_selective: bool = False,
+    num_stepwise: int = 0,
 ) -> bytes:
     """What `build_graph` returns for these arguments, from the cache folder where it is there.
 
@@ -49,9 +50,10 @@ def cached_graph(
             num_positions=num_positions,
             activation_levels=levels,
             is_selective=is_selective,
+            num_stepwise=num_stepwise,
         )
 
-    return _cached(_path(architecture, scheme, num_positions, levels, is_selective), build)
+    return _cached(_path(architecture, scheme, [num_positions, levels, is_selective, num_stepwise]), build)
 
 
 def products_saturate() -> bool:
@@ -101,17 +103,11 @@ def _read(path: Path) -> bytes | None:
     return graph if hashlib.sha256(graph).digest() == digest else None
 
 
-def _path(
-    architecture: DecoderArchitecture,
-    scheme: QuantizationScheme,
-    num_positions: int,
-    levels: int,
-    is_selective: bool,
-) -> Path:
+def _path(architecture: DecoderArchitecture, scheme: QuantizationScheme, numbers: list[int]) -> Path:
     """A name that changes with anything the graph depends on, the code that builds it included."""
     key = hashlib.sha256()
     for source in (Path(__file__).with_name("graph.py"), Path(weights.__file__), Path(quantization.__file__)):
         key.update(source.read_bytes())
-    key.update(json.dumps([scheme.to_dict(), num_positions, levels, is_selective], sort_keys=True).encode())
+    key.update(json.dumps([scheme.to_dict(), *numbers], sort_keys=True).encode())
     key.update(repr(architecture).encode())
     return cache_folder() / "graphs" / f"{key.hexdigest()[:32]}.onnx"

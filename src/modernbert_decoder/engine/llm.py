@@ -8,6 +8,7 @@ streams and jobs at once: they take turns, and whoever waits for a result drives
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeVar
@@ -88,6 +89,9 @@ class LLM:
             products of 8-bit integers, reads texts fastest (docs/design.md).
         vocabulary_dtype: another format for the embedding and vocabulary matrix; "int4" there is the pure
             4-bit model, smaller and faster than the default of int4, and less exact (docs/benchmarks.md).
+        prefill_dtype: of the layers, as `dtype`, while prompts of completions are read; by default the same.
+            "w8a8" reads faster than int8 and int4, which decode faster; the layers are then in memory twice.
+            Texts that are scored, ranked, classified or embedded are read in `dtype`.
         adapter: a folder with a LoRA adapter in PEFT's format, merged in before weights are rounded.
         revision: branch, tag or commit on the Hub.
         cache_dir: where Hub downloads are kept.
@@ -105,9 +109,9 @@ class LLM:
             is cut into chunks, and whether or not the prefix cache knows its beginning. Otherwise int8 and
             int4 sum the odd token of a step in another order, which rounding makes up to a few hundredths of
             a log-probability, so that texts part at close choices. It costs a token more in steps of an odd
-            number (a stream that is alone computes two), and the prefix cache keeps prompts only, no
-            completions. Not covered are `speculation`, whose steps of several tokens sum in another order
-            than steps of one, other machines, and texts that are only read, beside others of the same call.
+            number (a stream that is alone computes two), the prefix cache keeps prompts only, no
+            completions, and with `speculation` weights are packed twice. Not covered are other machines, and
+            texts that are only read, beside others of the same call.
         providers: ONNX Runtime execution providers, in order of preference.
         show_progress: draw progress bars while downloading, if standard error is a terminal.
 
@@ -122,6 +126,7 @@ class LLM:
         *,
         dtype: str | None = None,
         vocabulary_dtype: str | None = None,
+        prefill_dtype: str | None = None,
         adapter: str | Path | None = None,
         revision: str | None = None,
         cache_dir: Path | None = None,
@@ -150,6 +155,11 @@ class LLM:
         self.max_context = context_of(max_context, self.architecture)
         self.tokenizer = Tokenizer.from_folder(folder, self.architecture)
         self.scheme = resolve_scheme(checkpoint, dtype, vocabulary_dtype)
+        prompt_scheme = None
+        if prefill_dtype is not None:
+            require_head(self.architecture, Head.CAUSAL_LM, model=str(model), job="complete prompts")
+            asked = resolve_scheme(checkpoint, prefill_dtype, None, name="prefill_dtype")
+            prompt_scheme = replace(asked, vocabulary=self.scheme.vocabulary)
         self.threads = int(threads or usable_threads())
         self.folder = folder
         self._model = str(model)
@@ -160,6 +170,8 @@ class LLM:
             context_length=self.max_context,
             threads=self.threads,
             providers=providers,
+            num_stepwise=0 if speculation is None else speculation.max_draft + 1,
+            prompt_scheme=prompt_scheme,
         )
         ends = {*checkpoint.eos_token_ids, self.tokenizer.sep_token_id}
         eos_token_ids = sorted(token_id for token_id in ends if token_id is not None)

@@ -6,12 +6,14 @@ This module puts them together; it knows nothing of requests or texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head
 from modernbert_decoder.checkpoint import Checkpoint
 from modernbert_decoder.engine.batch_invariance import Pairs
+from modernbert_decoder.engine.calls import Stepwise
 from modernbert_decoder.engine.graph_cache import cached_graph
 from modernbert_decoder.engine.prompts import checked_integer, is_integer
 from modernbert_decoder.engine.runtime import Runtime
@@ -94,22 +96,40 @@ def open_runtime(
     context_length: int,
     threads: int,
     providers: Sequence[str] | None,
+    num_stepwise: int = 0,
+    prompt_scheme: QuantizationScheme | None = None,
 ) -> Runtime:
-    """A runtime on the checkpoint's weights, taken from the cache folder or put there."""
+    """A runtime on the checkpoint's weights, taken from the cache folder or put there.
+
+    If it is ever batch-invariant, it computes up to `num_stepwise` tokens of a row as if one by one. Prompts
+    are read with weights in `prompt_scheme`, if that is another one.
+    """
     architecture = checkpoint.architecture
     is_selective = is_worthwhile(architecture)
-    graph = cached_graph(architecture, scheme, num_positions=context_length, is_selective=is_selective)
+    build = partial(cached_graph, architecture, num_positions=context_length)
+    graph = build(scheme, is_selective=is_selective)
+    tables = rotary_tables(architecture, context_length)
     weights = load_weights(checkpoint, scheme, threads=threads)
     if is_selective:
         weights = divided_projection(weights, architecture, scheme)
+    stepwise = None
+    if num_stepwise:
+        num_steps = num_stepwise + num_stepwise % 2  # as calls may be padded to pairs
+        stepwise = Stepwise(partial(build, scheme, num_stepwise=num_steps), num_steps)
+    prompt_model = None
+    if prompt_scheme is not None and prompt_scheme != scheme:
+        prompt_weights = load_weights(checkpoint, prompt_scheme, threads=threads)
+        prompt_model = (build(prompt_scheme), {**prompt_weights, **tables})
     return Runtime(
         architecture,
         graph,
-        {**weights, **rotary_tables(architecture, context_length)},
+        {**weights, **tables},
         num_slots=num_slots,
         context_length=context_length,
         threads=threads,
         providers=tuple(providers or (CPU_PROVIDER,)),
         is_selective=is_selective,
-        pairs=Pairs.of(scheme),
+        pairs=Pairs.of(scheme, prompt_scheme or scheme),
+        stepwise=stepwise,
+        prompt_model=prompt_model,
     )

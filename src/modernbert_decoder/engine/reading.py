@@ -16,10 +16,11 @@ from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
+from modernbert_decoder.engine.calls import Piece
 from modernbert_decoder.engine.kv_cache import Float32, Layers
 from modernbert_decoder.engine.outputs import TextError
 from modernbert_decoder.engine.reading_cache import ReadingCache
-from modernbert_decoder.engine.runtime import Piece, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 
 Given = TypeVar("Given")
 Given_contra = TypeVar("Given_contra", contravariant=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from modernbert_decoder.engine.calls import Row
 from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.outputs import CompletionOutput, Logprob, StreamChunk
-from modernbert_decoder.engine.runtime import Row
 from modernbert_decoder.engine.sampling import RequestSampler, SampledToken, SamplingParams
 from modernbert_decoder.engine.selection import Workspace
 from modernbert_decoder.engine.stopping import StopChecker

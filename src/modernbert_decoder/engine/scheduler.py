@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from modernbert_decoder.engine.batch_invariance import FEWEST_TOKENS, chunk_end
+from modernbert_decoder.engine.calls import Row
 from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.prefix_cache import PrefixCache
 from modernbert_decoder.engine.request import Request
-from modernbert_decoder.engine.runtime import Row, Runtime
+from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.selection import Workspace
 from modernbert_decoder.engine.speculation import Speculator
 from modernbert_decoder.engine.waiting import FairQueue

@@ -2,8 +2,8 @@
 
 A row is fed its pending token and drafts of what may follow, and gives logits for each. The request's own
 sampler then chooses token by token from these, as it would from single steps, until it chooses another token
-than was drafted. So drafts change nothing but the rounding of sums, whatever the parameters. This module
-decides who drafts and counts; where drafts come from and how many pay is known elsewhere.
+than was drafted. So drafts change nothing, or nothing but the rounding of sums, whatever the parameters. This
+module decides who drafts and counts; where drafts come from and how many pay is known elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final, Protocol
 
-from modernbert_decoder.engine.draft_length import DraftLength, StepCosts
+from modernbert_decoder.engine.draft_length import DraftLength, Luck, StepCosts
 from modernbert_decoder.engine.draft_model import open_draft_model
 from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.prompt_lookup import PromptLookup
@@ -42,12 +42,13 @@ _ONLY_OF: Final = {
 class Speculation:
     """How an `LLM` guesses tokens ahead; what it generates does not depend on that, but for rounding.
 
-    A step of several tokens and steps of one token differ in the last bits of attention's sums, in
-    batch-invariant engines, too. In float32 that matters only where two tokens are as good as equal, or a
-    draw falls between two. The other formats round activations, and a bit may tip a rounding:
-    log-probabilities then differ by hundredths, as they do with neighbours in a batch that is not invariant,
-    and texts part at close choices. As `adaptive` follows the clock, such a text is the same in every run
-    only without it.
+    In a batch-invariant engine not even for that: log-probabilities are the same to the last bit, in every
+    format, and the weights are packed once more for it. In others a step of several tokens and steps of one
+    token differ in the last bits of attention's sums. In float32 that matters only where two tokens are as
+    good as equal, or a draw falls between two. The other formats round activations, and a bit may tip a
+    rounding: log-probabilities then differ by hundredths, as they do with neighbours in such a batch, and
+    texts part at close choices. As `adaptive` follows the clock, such a text is the same in every run only
+    without it.
 
     Attributes:
         kind: "prompt_lookup" drafts what followed the last tokens where they stood before; "draft_model"
@@ -126,6 +127,7 @@ class Speculator:
         self._runtime = runtime
         self._costs: dict[int, StepCosts] = {}
         self._lengths: dict[Request, DraftLength] = {}
+        self._luck = Luck()
         self._num_rows = 0
         self._num_in_step = 0
         self._num_since_plain = 0
@@ -202,13 +204,15 @@ class Speculator:
         self._drafter.close()
 
     def _propose(self, request: Request) -> None:
+        count = self._wanted(request)
+        if not count:
+            return
         row = request.row
         assert row is not None
         # What stands behind the pending token must be such that it can be taken back, and the last token that
         # a step gives is never a draft.
         room = min(self._runtime.cache.num_reversible(row.slot.length + 1), request.room - 1)
-        count = min(self._wanted(request), room)
-        drafts = self._drafter.draft(request, count) if count > 0 else []
+        drafts = self._drafter.draft(request, min(count, room)) if room > 0 else []
         if drafts:
             row.token_ids = (*row.token_ids, *drafts)
             row.num_logits = len(row.token_ids)
@@ -220,7 +224,9 @@ class Speculator:
             return longest
         if self._num_since_plain >= _PLAIN_EVERY:
             return 0
-        length = self._lengths.setdefault(request, DraftLength(longest))
+        length = self._lengths.get(request)
+        if length is None:
+            length = self._lengths[request] = DraftLength(longest, self._luck)
         return length.choose(self._costs_of(self._num_rows), num_rows=self._num_rows)
 
     def _learn(self, request: Request, num_accepted: int, *, was_rejected: bool) -> None:
@@ -229,7 +235,10 @@ class Speculator:
             length.learn(num_accepted=num_accepted, was_rejected=was_rejected)
 
     def _costs_of(self, num_rows: int) -> StepCosts:
-        return self._costs.setdefault(num_rows, StepCosts())
+        costs = self._costs.get(num_rows)
+        if costs is None:
+            costs = self._costs[num_rows] = StepCosts()
+        return costs
 
 
 def open_speculator(

@@ -53,12 +53,13 @@ OnMatrix = Callable[[str, PackedMatrix, NDArray[np.float32]], None]
 
 
 def resolve_scheme(
-    checkpoint: Checkpoint, dtype: str | None, vocabulary_dtype: str | None
+    checkpoint: Checkpoint, dtype: str | None, vocabulary_dtype: str | None, *, name: str = "dtype"
 ) -> QuantizationScheme:
     """The scheme to run a checkpoint in: the one asked for, or int8; a packed folder has its own.
 
     Of a packed folder `dtype` asks for the layers' format and `vocabulary_dtype` for that of the embedding
-    and vocabulary matrix; what is not asked for is as the folder has it.
+    and vocabulary matrix; what is not asked for is as the folder has it. `name` is what the user calls the
+    former.
 
     Raises:
         InputError: an unknown name, or another format than a packed folder holds.
@@ -69,7 +70,7 @@ def resolve_scheme(
         return asked
     refused = []
     if dtype is not None and not asked.body.is_like(held.body):
-        refused.append(f"dtype {dtype}")
+        refused.append(f"{name} {dtype}")
     if vocabulary_dtype is not None and not asked.vocabulary.is_like(held.vocabulary):
         refused.append(f"vocabulary_dtype {vocabulary_dtype}")
     if refused:

@@ -194,6 +194,7 @@ def opener(settings: EngineSettings) -> OpenModel:
         llm = LLM(
             source.model,
             dtype=source.dtype,
+            prefill_dtype=source.prefill_dtype,
             adapter=source.adapter,
             show_progress=False,
             prefix_cache_bytes=settings.prefix_cache_bytes,

@@ -30,6 +30,7 @@ class ModelSource:
         name: what requests call it.
         model: bundled name, folder or Hub id.
         dtype: weight format; None for the model's own default.
+        prefill_dtype: that in which prompts are read; None for the same.
         adapter: folder of a LoRA adapter that changes its weights.
         parent: the name under which it is served without the adapter.
     """
@@ -37,12 +38,13 @@ class ModelSource:
     name: str
     model: str
     dtype: str | None = None
+    prefill_dtype: str | None = None
     adapter: str | None = None
     parent: str | None = None
 
     @classmethod
     def parse(cls, spelling: str) -> ModelSource:
-        """Reads `[NAME=]MODEL[:DTYPE]`.
+        """Reads `[NAME=]MODEL[:DTYPE[+PREFILL_DTYPE]]`.
 
         Without a name, a Hub id or bundled name stands for itself and a folder for its last part, followed by
         the dtype if there is one.
@@ -54,19 +56,24 @@ class ModelSource:
         True
         >>> ModelSource.parse("storyteller:w8a8").name
         'storyteller:w8a8'
+        >>> ModelSource.parse("fast=storyteller:int8+w8a8").prefill_dtype
+        'w8a8'
         """
         name, separator, rest = spelling.partition("=")
         if not separator:
             name, rest = "", spelling
         model, _, suffix = rest.rpartition(":")
-        dtype = suffix if model and suffix in DTYPES else None
-        model = model if dtype else rest
+        dtype, _, prefill_dtype = suffix.partition("+")
+        is_dtype = dtype in DTYPES and (suffix == dtype or prefill_dtype in DTYPES)
+        if not model or not is_dtype:
+            model, suffix = rest, ""
         if not model:
             raise InputError(f"{spelling!r} names no model; write [NAME=]MODEL[:DTYPE]")
         if not separator:
             is_folder = Path(model).is_dir() or model.count("/") > 1 or "\\" in model
-            name = (Path(model).resolve().name if is_folder else model) + (f":{dtype}" if dtype else "")
-        return cls(_checked_name(name, example=f"small={rest}"), model, dtype)
+            name = (Path(model).resolve().name if is_folder else model) + (f":{suffix}" if suffix else "")
+        name = _checked_name(name, example=f"small={rest}")
+        return cls(name, model, dtype if suffix else None, prefill_dtype if "+" in suffix else None)
 
     def adapted(self, name: str, folder: str) -> ModelSource:
         """This model with an adapter, under a name of its own.
@@ -91,7 +98,7 @@ def parse_models(spellings: Iterable[str], adapters: Iterable[str] = ()) -> tupl
     """All models of a server, those with adapters behind the others.
 
     Args:
-        spellings: `[NAME=]MODEL[:DTYPE]`.
+        spellings: `[NAME=]MODEL[:DTYPE[+PREFILL_DTYPE]]`.
         adapters: `NAME=[MODEL=]FOLDER`, where MODEL is the name of one of the models.
 
     Raises:
