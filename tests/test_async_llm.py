@@ -30,6 +30,7 @@ from modernbert_decoder import (
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.engine import engine_thread, ticket
 from modernbert_decoder.engine.outputs import RequestOutput, StreamChunk
+from modernbert_decoder.engine.speculation import Speculation
 from test_llm_streams import generated, joined
 
 Result = TypeVar("Result")
@@ -52,6 +53,28 @@ def llm(folder: Path) -> Iterator[LLM]:
     with LLM(folder, max_slots=4, chunk_size=32, **options) as opened:
         yield opened
         assert_all_free(opened)
+
+
+def test_an_engine_that_cannot_be_made_batch_invariant_leaves_its_llm_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> bytes:
+        raise MemoryError("no more")
+
+    with LLM(folder, dtype="float32", threads=1, max_context=300, speculation=Speculation()) as llm:
+        stepwise = llm._runtime._stepwise
+        assert stepwise is not None
+        monkeypatch.setattr(llm._runtime, "_stepwise", stepwise._replace(build=fail))
+        most = llm._driver.scheduler.max_kv_bytes
+
+        async def check() -> None:
+            with pytest.raises(MemoryError, match="no more"):
+                AsyncLLM(llm, max_kv_bytes=1 << 20)
+            assert llm._driver.scheduler.max_kv_bytes == most
+            async with AsyncLLM(llm, batch_invariant=False) as engine:
+                assert (await engine.generate([CLS, 65], SamplingParams(max_tokens=3))).outputs[0].token_ids
+
+        asyncio.run(check())
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,8 @@ def test_completions_do_not_depend_on_neighbours_or_cuts(mixed: LLM) -> None:
         for _ in range(2):  # the second time from the prefix cache
             cut = llm.generate(prompts, [GREEDY, DRAWN] * len(PROMPTS))
             assert [output.outputs for output in cut] == expected
+        assert llm._driver.scheduler.prefix_cache is not None
+        assert llm._driver.scheduler.prefix_cache.num_hit_tokens > 100
     with LLM("storyteller", speculation=Speculation(adaptive=False), **options) as llm:
         assert [llm.generate(prompt, GREEDY)[0].outputs for prompt in PROMPTS] == expected[::2]
 
@@ -101,7 +103,7 @@ def test_a_model_without_completions_refuses_it(tmp_path: Path) -> None:
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(InputError, match="dtype is 'int9'"):
+    with pytest.raises(InputError, match="prefill_dtype is 'int9'"):
         LLM("storyteller", prefill_dtype="int9")
 
 
@@ -114,9 +116,59 @@ def test_a_packed_folder_has_one_format(tmp_path: Path) -> None:
 
 
 def test_the_command_line_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
-    sampling = ["--temperature", "0", "--max-tokens", "5", "--logprobs", "1", "--json"]
+    sampling = ["--temperature", "0", "--max-tokens", "5", "--logprobs", "1", "--json", "--dtype", "int8"]
     told = []
     for options in ([], ["--prefill-dtype", "w8a8"]):
         assert main(["generate", *sampling, *options, PROMPTS[1]]) == 0
         told.append(json.loads(capsys.readouterr().out))
-    assert told[0] != told[1]
+    assert told[0]["outputs"][0]["logprobs"] != told[1]["outputs"][0]["logprobs"]
+    assert [each["dtype"] for each in told] == ["int8", "int8, prompts in w8a8"]
+
+
+def test_single_tokens_of_a_prompt_are_read_in_it_too() -> None:
+    options: dict[str, Any] = {"threads": 1, "chunk_size": 1}
+    with (
+        LLM("storyteller", dtype="int8", prefill_dtype="w8a8", **options) as mixed,
+        LLM("storyteller", dtype="w8a8", **options) as w8a8,
+    ):
+        ours, theirs = (llm.generate(PROMPTS[2], GREEDY)[0].outputs[0].logprobs for llm in (mixed, w8a8))
+    assert ours is not None
+    assert theirs is not None
+    assert ours[0] == theirs[0]
+    assert ours[1:] != theirs[1:]
+
+
+def test_drafts_are_verified_in_dtype() -> None:
+    """In an engine that is not batch-invariant, where several tokens may be of a prompt or drafts."""
+    options: dict[str, Any] = {"dtype": "float32", "prefill_dtype": "int4", "threads": 1}
+    prompt = "The king had a dog. The dog had a king. The king had a dog, and the dog "
+    with LLM("storyteller", **options) as plain:
+        expected = plain.generate(prompt, GREEDY)[0].outputs[0]
+    with LLM("storyteller", speculation=Speculation(adaptive=False), **options) as llm:
+        given = llm.generate(prompt, GREEDY)[0].outputs[0]
+        assert llm._speculator is not None
+        assert llm._speculator.num_drafted > 10
+    assert given.token_ids == expected.token_ids
+    assert given.logprobs is not None
+    assert expected.logprobs is not None
+    for ours, theirs in zip(given.logprobs, expected.logprobs, strict=True):
+        for token_id, entry in ours.items():
+            assert entry.logprob == pytest.approx(theirs[token_id].logprob, abs=1e-3)
+
+
+def test_calls_that_are_kept_are_those_of_their_own_kind() -> None:
+    """Two tokens to be verified, and two of a prompt that are padded to as many logits."""
+    options: dict[str, Any] = {"dtype": "int8", "prefill_dtype": "w8a8", "threads": 1}
+    drafting = Speculation(adaptive=False, max_draft=1)
+    prompt = [0, 65]
+    with LLM("storyteller", batch_invariant=True, **options) as fresh:
+        expected = fresh.generate(prompt, GREEDY)[0].outputs
+    with LLM("storyteller", speculation=drafting, **options) as llm:
+        scheduler = llm._driver.scheduler
+        for _ in range(2):
+            llm.generate("The dog and the dog and the dog and the dog", GREEDY)
+            scheduler.is_batch_invariant = True
+            assert llm.generate(prompt, GREEDY)[0].outputs == expected
+            scheduler.is_batch_invariant = False
+        assert llm._speculator is not None
+        assert llm._speculator.num_drafted > 10

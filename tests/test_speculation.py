@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,10 @@ from checkpoints import (
     whole_logits,
     write_checkpoint,
 )
-from modernbert_decoder.architecture import Head
+from modernbert_decoder.architecture import Head, LayerKind
 from modernbert_decoder.cli import main
 from modernbert_decoder.engine.calls import Row
-from modernbert_decoder.engine.draft_length import DraftLength, Luck, StepCosts
+from modernbert_decoder.engine.draft_length import DraftLength, Experience, Luck, StepCosts
 from modernbert_decoder.engine.draft_model import DraftModel
 from modernbert_decoder.engine.kv_cache import KVCache
 from modernbert_decoder.engine.llm import LLM
@@ -643,16 +645,16 @@ def costs(plain: float, each: float) -> StepCosts:
 
 
 def test_nothing_is_drafted_before_a_plain_step_was_measured() -> None:
-    assert DraftLength(8, Luck()).choose(StepCosts(), num_rows=1) == 0
+    assert DraftLength(8, Experience()).choose(StepCosts(), num_rows=1) == 0
 
 
 @pytest.mark.parametrize(("each", "expected"), [(0.0, 8), (0.05, 8), (0.3, 3), (0.9, 0)])
 def test_the_dearer_a_draft_the_fewer_are_made(each: float, expected: int) -> None:
-    assert DraftLength(8, Luck()).choose(costs(1.0, each), num_rows=1) == expected
+    assert DraftLength(8, Experience()).choose(costs(1.0, each), num_rows=1) == expected
 
 
 def test_more_rows_make_drafts_pay_less() -> None:
-    chosen = [DraftLength(8, Luck()).choose(costs(1.0, 0.2), num_rows=rows) for rows in (1, 2, 4, 8)]
+    chosen = [DraftLength(8, Experience()).choose(costs(1.0, 0.2), num_rows=rows) for rows in (1, 2, 4, 8)]
     assert chosen == sorted(chosen, reverse=True)
     assert chosen[0] > 0
     assert chosen[-1] == 0
@@ -674,7 +676,7 @@ def simulate(length: DraftLength, known: StepCosts, is_right: Callable[[int], bo
 
 
 def test_drafts_that_are_never_right_are_soon_given_up_and_retried_seldom() -> None:
-    chosen = simulate(DraftLength(8, Luck()), costs(1.0, 0.1), lambda _: False, 2000)
+    chosen = simulate(DraftLength(8, Experience()), costs(1.0, 0.1), lambda _: False, 2000)
     assert 0 < sum(map(bool, chosen)) < 100
     assert sum(map(bool, chosen[1000:])) < 40
     assert any(chosen[1000:])
@@ -683,38 +685,55 @@ def test_drafts_that_are_never_right_are_soon_given_up_and_retried_seldom() -> N
 
 
 def test_drafts_that_are_always_right_become_as_long_as_allowed() -> None:
-    assert set(simulate(DraftLength(8, Luck()), costs(1.0, 0.1), lambda _: True, 50)[5:]) == {8}
+    assert set(simulate(DraftLength(8, Experience()), costs(1.0, 0.1), lambda _: True, 50)[5:]) == {8}
 
 
 def test_drafting_comes_back_when_drafts_become_right_again() -> None:
-    length = DraftLength(8, Luck())
+    length = DraftLength(8, Experience())
     known = costs(1.0, 0.1)
     simulate(length, known, lambda _: False, 500)
     assert 8 in simulate(length, known, lambda _: True, 300)
 
 
 def test_a_new_request_tries_few_drafts_where_others_had_no_luck() -> None:
-    known, luck = costs(1.0, 0.1), Luck()
-    first = simulate(DraftLength(8, luck), known, lambda _: False, 60)
+    known, general = costs(1.0, 0.1), Experience()
+    first = simulate(DraftLength(8, general), known, lambda _: False, 60)
     assert max(first) > 2
-    simulate(DraftLength(8, luck), known, lambda _: False, 2000)
-    later = simulate(DraftLength(8, luck), known, lambda _: False, 60)
+    simulate(DraftLength(8, general), known, lambda _: False, 2000)
+    later = simulate(DraftLength(8, general), known, lambda _: False, 60)
     assert 0 < sum(later) < 8
     # It goes by what it sees itself as soon as it sees something.
-    assert 8 in simulate(DraftLength(8, luck), known, lambda _: True, 20)
+    assert 8 in simulate(DraftLength(8, general), known, lambda _: True, 20)
 
 
 def test_a_probe_waits_for_something_to_draft() -> None:
-    known, luck = costs(1.0, 0.1), Luck(0.0)
-    length = DraftLength(8, luck)
+    known, general = costs(1.0, 0.1), Experience()
+    general.luck = Luck(0.0)
+    length = DraftLength(8, general)
     assert [length.choose(known, num_rows=1) for _ in range(50)] == [2] * 50
     length.learn(num_accepted=0, was_rejected=True)
     assert length.choose(known, num_rows=1) == 0
 
 
 def test_drafts_that_are_right_and_cost_too_much_are_tried_ever_more_seldom() -> None:
-    chosen = simulate(DraftLength(8, Luck()), costs(1.0, 1.3), lambda _: True, 2000)
+    chosen = simulate(DraftLength(8, Experience()), costs(1.0, 1.3), lambda _: True, 2000)
     assert 0 < sum(map(bool, chosen)) < 20
+
+
+def test_where_drafts_cost_too_much_new_requests_pause_as_long_as_earlier_ones() -> None:
+    known, general = costs(1.0, 1.3), Experience()
+    tried = [sum(map(bool, simulate(DraftLength(8, general), known, lambda _: True, 200))) for _ in range(20)]
+    assert tried[0] > 1
+    assert sum(tried[10:]) <= 10
+    # Once they cost less, they pay again, and the next pause is short.
+    assert 8 in simulate(DraftLength(8, general), costs(1.0, 0.1), lambda _: True, 40)
+    assert general.pauses.next() == 16
+
+
+def test_a_choice_is_made_anew_for_another_number_of_rows() -> None:
+    known, length = costs(1.0, 0.2), DraftLength(8, Experience())
+    alone = length.choose(known, num_rows=1)
+    assert length.choose(known, num_rows=4) < alone
 
 
 def test_a_request_whose_drafts_are_never_right_soon_makes_plain_steps(
@@ -817,6 +836,17 @@ def test_a_batch_invariant_llm_gives_the_same_to_the_last_bit_with_speculation(d
         assert given == expected
 
 
+def test_rows_as_long_as_a_stepwise_graph_takes_give_the_same_to_the_last_bit() -> None:
+    params = SamplingParams(temperature=0, max_tokens=200, logprobs=1, ignore_eos=True)
+    options: dict[str, Any] = {"dtype": "int8", "threads": 2, "batch_invariant": True}
+    with LLM("storyteller", **options) as llm:
+        expected = llm.generate(STORY * 3, params)[0].outputs
+    with LLM("storyteller", speculation=Speculation(max_draft=64, adaptive=False), **options) as llm:
+        assert llm.generate(STORY * 3, params)[0].outputs == expected
+        assert llm._speculator is not None
+        assert llm._speculator.num_accepted > 100
+
+
 @pytest.mark.parametrize("dtype", list(PARTING))
 def test_in_other_llms_texts_part_only_where_two_tokens_are_about_as_likely(dtype: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=100, logprobs=5, ignore_eos=True)
@@ -886,6 +916,29 @@ def test_closing_an_llm_releases_its_draft_model(bench: Bench) -> None:
     assert isinstance(drafter, DraftModel)
     llm.close()
     assert not drafter._cache.layers
+
+
+def test_closing_an_llm_releases_all_its_sessions() -> None:
+    options: dict[str, Any] = {"dtype": "int8", "prefill_dtype": "w8a8", "batch_invariant": True}
+    llm = LLM("storyteller", threads=1, speculation=Speculation(), **options)
+    runtime = llm._runtime
+    sessions = [runtime._session, runtime._prompt_session, runtime._stepwise_session]
+    assert len(set(map(id, sessions))) == 3
+    assert None not in sessions
+    released = [weakref.ref(each) for each in sessions]
+    sessions.clear()
+    llm.close()
+    gc.collect()
+    assert [each() for each in released] == [None] * 3
+
+
+@pytest.mark.parametrize("head", [Head.SEQUENCE_CLASSIFICATION, Head.NONE])
+def test_models_that_complete_nothing_open_with_it_and_do_without(tmp_path: Path, head: Head) -> None:
+    folder = write_checkpoint(tmp_path, tiny_architecture(head=head, layer_kinds=(LayerKind.FULL,) * 4))
+    options: dict[str, Any] = {"dtype": "float32", "threads": 1, "batch_invariant": True}
+    with LLM(folder, **options) as plain, LLM(folder, speculation=Speculation(), **options) as llm:
+        assert llm._runtime._stepwise_session is None
+        assert np.array_equal(llm.embed("abc"), plain.embed("abc"))
 
 
 @pytest.mark.parametrize(

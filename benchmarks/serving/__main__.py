@@ -36,6 +36,7 @@ from benchmarks.serving.report import (
 from benchmarks.serving.servers import (
     RunningServer,
     Setup,
+    fastest,
     llama,
     ours,
     transformers,
@@ -79,7 +80,7 @@ def groups(options: argparse.Namespace, absent: list[Absent]) -> list[Group]:
     for size in options.sizes:
         for dtype, gguf_type in _PAIRS:
             peer = llama(size, gguf_type, threads=threads)
-            setups: list[Setup] = [ours(size, dtype, threads=threads)]
+            setups: list[Setup] = [ours(size, dtype, threads=threads), fastest(size, dtype, threads=threads)]
             if isinstance(peer, Absent):
                 absent.append(peer)
             else:

@@ -52,6 +52,7 @@ class Case:
         sampling: parameters; a seed is added for each round.
         draft_size: of a random draft model; None drafts by prompt lookup.
         adaptive: as in `Speculation`.
+        is_invariant: whether both engines are batch-invariant, as in the server, so that texts are equal.
     """
 
     name: str
@@ -60,16 +61,20 @@ class Case:
     sampling: dict[str, Any]
     draft_size: str | None = None
     adaptive: bool = True
+    is_invariant: bool = False
 
 
 CASES = (
     Case("prompt lookup, a text that repeats itself", STORYTELLER, _LIST, _GREEDY),
+    Case("the same, batch-invariant", STORYTELLER, _LIST, _GREEDY, is_invariant=True),
     Case("prompt lookup, a random model's greedy loop", "150m", None, _GREEDY),
     Case("prompt lookup, a story that does not repeat itself", STORYTELLER, _STORY, _SAMPLED),
+    Case("the same story, batch-invariant", STORYTELLER, _STORY, _SAMPLED, is_invariant=True),
     Case("prompt lookup, noise", "150m", None, _SAMPLED),
     Case("17m drafts for 150m and is never right", "150m", None, _SAMPLED, "17m"),
     Case("the same, drafting nevertheless", "150m", None, _SAMPLED, "17m", adaptive=False),
     Case("150m drafts for itself and is nearly always right", "150m", None, _GREEDY, "150m"),
+    Case("the same pair, batch-invariant", "150m", None, _GREEDY, "150m", is_invariant=True),
 )
 
 
@@ -100,9 +105,10 @@ def measure(case: Case, dtype: str, *, threads: int, rounds: int, folder: Path) 
     speculation = Speculation(
         draft_model=draft, dtype=None if draft is None else dtype, adaptive=case.adaptive
     )
+    options: dict[str, Any] = {"dtype": dtype, "threads": threads, "batch_invariant": case.is_invariant}
     with (
-        LLM(model, dtype=dtype, threads=threads) as plain,
-        LLM(model, dtype=dtype, threads=threads, speculation=speculation) as drafting,
+        LLM(model, **options) as plain,
+        LLM(model, speculation=speculation, **options) as drafting,
     ):
         rates = measure_pair(_rate(plain, case), _rate(drafting, case), rounds=rounds)
         speculator = drafting._driver.scheduler.speculator

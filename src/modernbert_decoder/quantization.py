@@ -90,14 +90,18 @@ class QuantizationScheme:
     vocabulary: MatrixFormat
 
     @classmethod
-    def named(cls, dtype: str, vocabulary_dtype: str | None = None) -> QuantizationScheme:
+    def named(
+        cls, dtype: str, vocabulary_dtype: str | None = None, *, name: str = "dtype"
+    ) -> QuantizationScheme:
         """The scheme of a `dtype` as users write it; `vocabulary_dtype` overrides that matrix's default.
+
+        `name` is what the user calls the former.
 
         Raises:
             InputError: an unknown name.
         """
         for what, value, choices in (
-            ("dtype", dtype, DTYPES),
+            (name, dtype, DTYPES),
             ("vocabulary_dtype", vocabulary_dtype, VOCABULARY_DTYPES),
         ):
             if value is not None and value not in choices:
@@ -110,6 +114,11 @@ class QuantizationScheme:
     def is_float32(self) -> bool:
         """Whether nothing is quantized."""
         return self.body.bits == 32 and self.vocabulary.bits == 32
+
+    @property
+    def body_name(self) -> str:
+        """The format of the layers' matrices, as users write it."""
+        return _format_name(self.body)
 
     @property
     def name(self) -> str:

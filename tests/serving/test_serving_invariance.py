@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +75,27 @@ def test_drafts_change_nothing_to_the_last_digit(dtype: str) -> None:
         speculator = started.engine("story").llm._driver.scheduler.speculator
         assert speculator is not None
         assert speculator.num_accepted > 0
+
+
+def test_models_that_complete_nothing_are_served_beside_one_that_drafts(folders: dict[str, Path]) -> None:
+    sources = parse_models([f"{name}={folders[name]}:float32" for name in ("tiny", "labels", "bare")])
+    with running(sources, engine=EngineSettings(draft="lookup")) as started:
+        for name, path in (("labels", "/v1/classify"), ("bare", "/v1/embeddings")):
+            assert started.post(path, {"model": name, "input": "abc"}).status_code == 200
+        body = {"model": "tiny", "prompt": "abab" * 9, "max_tokens": 9}
+        assert started.post("/v1/completions", body).status_code == 200
+
+
+def test_the_fingerprint_tells_in_which_formats_an_answer_was_made() -> None:
+    spellings = [f"{name}=storyteller:{name}" for name in ("int8", "int8+w8a8")]
+    with running(parse_models(spellings)) as started:
+        replies = [
+            started.post("/v1/completions", {"model": name, "prompt": "a", "max_tokens": 1}).json()
+            for name in ("int8", "int8+w8a8")
+        ]
+        dtypes = [card["dtype"] for card in started.get("/v1/models").json()["data"]]
+    assert len({reply["system_fingerprint"] for reply in replies}) == 2
+    assert dtypes == ["int8", "int8, prompts in w8a8"]
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

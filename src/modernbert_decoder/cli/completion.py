@@ -177,7 +177,7 @@ def _report(
 ) -> dict[str, Any]:
     """What `--json` prints about the run."""
     return {
-        "dtype": llm.scheme.name,
+        "dtype": llm.formats,
         "threads": llm.threads,
         "outputs": [_completion_report(completion) for completion in completions],
         "timings": {
@@ -231,7 +231,7 @@ def _print_stats(
     )
     reasons = ", ".join(str(completion.finish_reason) for completion in completions)
     lines = (
-        ("model", f"{model}, {llm.scheme.name}, {llm.threads} threads, loaded in {load_seconds:.3f} s"),
+        ("model", f"{model}, {llm.formats}, {llm.threads} threads, loaded in {load_seconds:.3f} s"),
         ("prompt", f"{num_prompt_tokens} tokens, prefill {rate_text(prefill_rate)} tokens/s"),
         ("first token", f"{timings.time_to_first_token_seconds * 1e3:.1f} ms after loading"),
         (

@@ -140,10 +140,12 @@ class AsyncLLM:
         max_kv_bytes: most keys and values that running completions may come to, each as long as its
             `max_tokens` allows; by default what all slots can hold.
         batch_invariant: as of `LLM`, whose own choice counts again after `close`. Without it, completions in
-            int8 and int4 depend a little on what other requests run.
+            int8 and int4 depend a little on what other requests run. With `speculation` weights are packed
+            once more for it, here, which takes seconds for a large model.
 
     Raises:
-        InputError: an argument out of its range, or the LLM has an `AsyncLLM` already.
+        InputError: an argument out of its range, the LLM has an `AsyncLLM` already, or weights cannot be
+            packed once more.
 
     Every method that takes a request raises `QueueFullError` when too many wait, `EngineClosedError` once
     `drain` or `close` was called, and `InputError` for what cannot be used.
@@ -169,7 +171,12 @@ class AsyncLLM:
             before_reading=self._desk.check,
         )
         self._is_closed = False
-        self._set_batch_invariant(batch_invariant)
+        try:
+            self._set_batch_invariant(batch_invariant)
+        except BaseException:
+            self._desk.close()
+            self._engine.close()
+            raise
         # Of an AsyncLLM that is dropped without having been closed, running requests go on to their ends.
         weakref.finalize(self, self._engine.detach).atexit = False
 

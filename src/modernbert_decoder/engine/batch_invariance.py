@@ -40,10 +40,9 @@ class Pairs:
     positions: bool = False
 
     @classmethod
-    def of(cls, *schemes: QuantizationScheme) -> Pairs:
+    def of(cls, scheme: QuantizationScheme) -> Pairs:
         """Those of a model in these formats: the head's first matrix has the format of the layers'."""
-        body = any(_takes_pairs(scheme.body) for scheme in schemes)
-        vocabulary = any(_takes_pairs(scheme.vocabulary) for scheme in schemes)
+        body, vocabulary = _takes_pairs(scheme.body), _takes_pairs(scheme.vocabulary)
         return cls(tokens=body, positions=body or vocabulary)
 
     def padded(self, shape: CallShape, *, has_room: bool) -> CallShape:

@@ -23,12 +23,14 @@ _DECAY_OF_ALL: Final = 0.98
 # Drafting must promise to be so much faster than not drafting.
 _MARGIN: Final = 1.02
 # Steps without drafts after drafting stopped paying, doubled each time until it has paid for as many steps as
-# the first pause is long; then so many tokens are tried.
+# the first pause is long; then so many tokens are tried. Where drafts cost too much even for a request with
+# luck, the pause is that of all requests.
 _FIRST_PAUSE: Final = 16
+_LONGEST_PAUSE: Final = 256
+_LONGEST_PAUSE_OF_ALL: Final = 2048
+_PROBE_LENGTH: Final = 2
 # Steps for which a choice holds while nothing is learned: costs change slowly, and to choose costs some, too.
 _HOLDS_FOR: Final = 64
-_LONGEST_PAUSE: Final = 256
-_PROBE_LENGTH: Final = 2
 
 
 class StepCosts:
@@ -99,28 +101,64 @@ class Luck:
         self._tried = self._decay * self._tried + num_accepted + was_rejected
 
 
+class Pauses:
+    """How long to go without drafts, each time twice as long as before.
+
+    >>> pauses = Pauses(longest=40)
+    >>> [pauses.next() for _ in range(3)]
+    [16, 32, 40]
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._next = _FIRST_PAUSE
+
+    def next(self) -> int:
+        """Steps of the pause that begins now."""
+        pause, self._next = self._next, min(2 * self._next, self._longest)
+        return pause
+
+    def reset(self) -> None:
+        """Has the next one be short again."""
+        self._next = _FIRST_PAUSE
+
+
+class Experience:
+    """What all requests of an engine have shown together.
+
+    Attributes:
+        luck: of their drafts.
+        pauses: where drafts cost too much for any of them.
+    """
+
+    def __init__(self) -> None:
+        self.luck = Luck()
+        self.pauses = Pauses(_LONGEST_PAUSE_OF_ALL)
+
+
 class DraftLength:
     """Chooses how many tokens to draft for one request; 0 for a while when it does not pay.
 
     Args:
         longest: most tokens it may choose.
-        general: of all requests, what a new one starts from; it learns from this one, too.
+        general: what a new request starts from; it learns from this one, too.
     """
 
-    def __init__(self, longest: int, general: Luck) -> None:
+    def __init__(self, longest: int, general: Experience) -> None:
         self._longest = longest
         self._general = general
-        self._next_pause = _FIRST_PAUSE
+        self._pauses = Pauses(_LONGEST_PAUSE)
         self._pause = 0
         self._num_paying = 0
-        self._held = 0
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._own = Luck(self._general.share, decay=_DECAY)
+        self._own = Luck(self._general.luck.share, decay=_DECAY)
         # Where others had no luck, a few drafts show whether this one has.
         self._is_probing = True
-        self._held_for = 0
+        self._is_paying = False
+        # What was chosen, for how many rows, and for how many more steps it holds.
+        self._held = (0, 0, 0)
 
     def choose(self, costs: StepCosts, *, num_rows: int) -> int:
         """How many tokens to draft in the coming step, which `num_rows` requests share."""
@@ -129,24 +167,22 @@ class DraftLength:
         if self._pause:
             self._pause -= 1
             return 0 if self._pause else min(_PROBE_LENGTH, self._longest)
-        if self._held_for:
-            self._held_for -= 1
-            return self._held
-        best = self._best(self._own.share, costs, num_rows)
-        if best:
-            self._num_paying += 1
-            if self._num_paying == _FIRST_PAUSE:
-                self._next_pause = _FIRST_PAUSE
-        elif self._is_probing and self._best(_PRIOR_SHARE, costs, num_rows):
-            best = min(_PROBE_LENGTH, self._longest)
-        else:
-            self._num_paying = 0
-            self._pause = self._next_pause
-            self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
-            self._start_anew()
-            return 0
-        self._held, self._held_for = best, _HOLDS_FOR
-        return best
+        count, of_rows, num_left = self._held
+        if num_left and of_rows == num_rows:
+            self._held = (count, of_rows, num_left - 1)
+            return count
+        count = self._best(self._own.share, costs, num_rows)
+        self._is_paying = count > 0
+        if not count:
+            may_pay = self._best(_PRIOR_SHARE, costs, num_rows) > 0
+            if not (may_pay and self._is_probing):
+                self._pause = (self._pauses if may_pay else self._general.pauses).next()
+                self._num_paying = 0
+                self._start_anew()
+                return 0
+            count = min(_PROBE_LENGTH, self._longest)
+        self._held = (count, num_rows, _HOLDS_FOR)
+        return count
 
     def _best(self, probability: float, costs: StepCosts, num_rows: int) -> int:
         """How many drafts give most tokens a second if each is right with this probability; 0 for none."""
@@ -162,6 +198,11 @@ class DraftLength:
     def learn(self, *, num_accepted: int, was_rejected: bool) -> None:
         """Learns from one step: so many drafts were right, and whether the next one was wrong."""
         self._is_probing = False
-        self._held_for = 0
-        for luck in (self._own, self._general):
+        self._held = (0, 0, 0)
+        if self._is_paying:
+            self._num_paying += 1
+            if self._num_paying == _FIRST_PAUSE:
+                self._pauses.reset()
+                self._general.pauses.reset()
+        for luck in (self._own, self._general.luck):
             luck.learn(num_accepted=num_accepted, was_rejected=was_rejected)

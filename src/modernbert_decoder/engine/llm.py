@@ -90,7 +90,7 @@ class LLM:
         vocabulary_dtype: another format for the embedding and vocabulary matrix; "int4" there is the pure
             4-bit model, smaller and faster than the default of int4, and less exact (docs/benchmarks.md).
         prefill_dtype: of the layers, as `dtype`, while prompts of completions are read; by default the same.
-            "w8a8" reads faster than int8 and int4, which decode faster; the layers are then in memory twice.
+            "w8a8" reads faster than int8 and int4, which decode faster; the model is then in memory twice.
             Texts that are scored, ranked, classified or embedded are read in `dtype`.
         adapter: a folder with a LoRA adapter in PEFT's format, merged in before weights are rounded.
         revision: branch, tag or commit on the Hub.
@@ -155,11 +155,11 @@ class LLM:
         self.max_context = context_of(max_context, self.architecture)
         self.tokenizer = Tokenizer.from_folder(folder, self.architecture)
         self.scheme = resolve_scheme(checkpoint, dtype, vocabulary_dtype)
-        prompt_scheme = None
+        self.prefill_scheme = self.scheme
         if prefill_dtype is not None:
             require_head(self.architecture, Head.CAUSAL_LM, model=str(model), job="complete prompts")
             asked = resolve_scheme(checkpoint, prefill_dtype, None, name="prefill_dtype")
-            prompt_scheme = replace(asked, vocabulary=self.scheme.vocabulary)
+            self.prefill_scheme = replace(asked, vocabulary=self.scheme.vocabulary)
         self.threads = int(threads or usable_threads())
         self.folder = folder
         self._model = str(model)
@@ -171,7 +171,7 @@ class LLM:
             threads=self.threads,
             providers=providers,
             num_stepwise=0 if speculation is None else speculation.max_draft + 1,
-            prompt_scheme=prompt_scheme,
+            prompt_scheme=self.prefill_scheme,
         )
         ends = {*checkpoint.eos_token_ids, self.tokenizer.sep_token_id}
         eos_token_ids = sorted(token_id for token_id in ends if token_id is not None)
@@ -468,12 +468,19 @@ class LLM:
         return self._runtime.cache
 
     @property
+    def formats(self) -> str:
+        """The format of the weights, as `int8`, and that in which prompts are read if it is another one."""
+        if self.prefill_scheme == self.scheme:
+            return self.scheme.name
+        return f"{self.scheme.name}, prompts in {self.prefill_scheme.body_name}"
+
+    @property
     def network_seconds(self) -> float:
         """Time spent inside the network so far; the rest of a call's time is scheduling and sampling."""
         return self._runtime.network_seconds
 
     def close(self) -> None:
-        """Releases the session and the cache; the object cannot be used afterwards.
+        """Releases the sessions and the cache; the object cannot be used afterwards.
 
         Open streams, and calls of other threads, end with `EngineClosedError`.
         """

@@ -16,7 +16,7 @@ from modernbert_decoder.engine.batch_invariance import Pairs
 from modernbert_decoder.engine.calls import Stepwise
 from modernbert_decoder.engine.graph_cache import cached_graph
 from modernbert_decoder.engine.prompts import checked_integer, is_integer
-from modernbert_decoder.engine.runtime import Runtime
+from modernbert_decoder.engine.runtime import PromptModel, Runtime
 from modernbert_decoder.engine.selective import divided_projection, is_worthwhile
 from modernbert_decoder.engine.session import CPU_PROVIDER
 from modernbert_decoder.engine.weights import load_weights, rotary_tables
@@ -113,13 +113,15 @@ def open_runtime(
     if is_selective:
         weights = divided_projection(weights, architecture, scheme)
     stepwise = None
-    if num_stepwise:
+    if num_stepwise and architecture.head is Head.CAUSAL_LM:  # others have nothing to verify
         num_steps = num_stepwise + num_stepwise % 2  # as calls may be padded to pairs
         stepwise = Stepwise(partial(build, scheme, num_stepwise=num_steps), num_steps)
     prompt_model = None
     if prompt_scheme is not None and prompt_scheme != scheme:
         prompt_weights = load_weights(checkpoint, prompt_scheme, threads=threads)
-        prompt_model = (build(prompt_scheme), {**prompt_weights, **tables})
+        prompt_model = PromptModel(
+            build(prompt_scheme), {**prompt_weights, **tables}, Pairs.of(prompt_scheme)
+        )
     return Runtime(
         architecture,
         graph,
@@ -129,7 +131,7 @@ def open_runtime(
         threads=threads,
         providers=tuple(providers or (CPU_PROVIDER,)),
         is_selective=is_selective,
-        pairs=Pairs.of(scheme, prompt_scheme or scheme),
+        pairs=Pairs.of(scheme),
         stepwise=stepwise,
         prompt_model=prompt_model,
     )

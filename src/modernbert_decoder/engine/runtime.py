@@ -1,4 +1,4 @@
-"""One ONNX Runtime session and its cache: `step(rows)` for slots, `read(piece)` for texts that are only read.
+"""One model's sessions and cache: `step(rows)` for slots, `read(piece)` for texts that are only read.
 
 A row is a slot and its new tokens: a whole prompt, a chunk of one, or a single token. `step` groups rows into
 as few session calls as pay: single tokens of neighbouring slots share a call, prompts share one when padding
@@ -15,27 +15,29 @@ import enum
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from modernbert_decoder.architecture import DecoderArchitecture, Head
+from modernbert_decoder.architecture import DecoderArchitecture, Head, LayerKind
 from modernbert_decoder.engine.batch_invariance import CallShape, Pairs, pieces
 from modernbert_decoder.engine.calls import Call, Piece, Row, SelectiveCall, Stepwise, StepwiseCall
-from modernbert_decoder.engine.kv_cache import Float32, KVCache, SlotBuffer
+from modernbert_decoder.engine.kv_cache import Float32, KVCache, Layers, SlotBuffer
 from modernbert_decoder.engine.rings import most_new_tokens
 from modernbert_decoder.engine.selective import ScratchPair
 from modernbert_decoder.engine.session import open_session
 
 # Prompts share a call while padding adds at most this share of tokens.
 _MAX_PADDING: Final = 0.15
-# Bound calls kept for reuse: one per number of decoding rows, in the steady state just one, and of single
-# rows those that verify up to so many tokens, or read the two that a draft model lacks after it was right.
+# Bound calls kept for reuse: one per number of decoding rows, in the steady state just one; and beside them
+# those of single rows that verify up to so many tokens, or read the two that a draft model lacks after it was
+# right.
 _MAX_KEPT_CALLS: Final = 32
 _MAX_KEPT_TOKENS: Final = 16
 _Open = Callable[[bytes], onnxruntime.InferenceSession]
+_Key = TypeVar("_Key")
 
 
 class _Kind(enum.Enum):
@@ -47,14 +49,22 @@ class _Kind(enum.Enum):
 
     @classmethod
     def of(cls, row: Row) -> _Kind:
-        """By numbers: only drafts want the logits of more than their last token."""
-        if len(row.token_ids) == 1:
-            return cls.TOKEN
-        return cls.DRAFTS if row.num_logits > 1 else cls.TEXT
+        """Only drafts want the logits of more than their last token."""
+        if row.num_logits > 1:
+            return cls.DRAFTS
+        return cls.TEXT if row.is_prompt or len(row.token_ids) > 1 else cls.TOKEN
+
+
+class PromptModel(NamedTuple):
+    """A graph, its weights by name, and which numbers must be even in a batch-invariant call of it."""
+
+    graph: bytes
+    weights: Mapping[str, NDArray[Any]]
+    pairs: Pairs
 
 
 class Runtime:
-    """The session of one model and its cache.
+    """The sessions of one model and its cache.
 
     Args:
         architecture: of the model.
@@ -63,12 +73,12 @@ class Runtime:
         weights: initializer name -> array; kept alive and shared, not copied, where the kernels allow it.
         num_slots: most requests at a time.
         context_length: most tokens per request.
-        threads: for the session's kernels.
+        threads: for the kernels of each session.
         providers: ONNX Runtime execution providers.
         pairs: which numbers must be even where `is_batch_invariant` is set.
         stepwise: gives a stepwise graph of the same model, for rows that want the logits of more than their
             last token where `is_batch_invariant` is set.
-        prompt_model: another graph of the model, and its weights, for rows of several tokens of a prompt.
+        prompt_model: of the same model, for the tokens of prompts.
 
     Attributes:
         cache: the slots.
@@ -89,17 +99,18 @@ class Runtime:
         is_selective: bool = False,
         pairs: Pairs | None = None,
         stepwise: Stepwise | None = None,
-        prompt_model: tuple[bytes, Mapping[str, NDArray[Any]]] | None = None,
+        prompt_model: PromptModel | None = None,
     ) -> None:
         self.architecture = architecture
         self._is_batch_invariant = False
         self._stepwise = stepwise
         self._stepwise_session: onnxruntime.InferenceSession | None = None
-        self._pairs = pairs or Pairs()
+        self._pairs = self._prompt_pairs = pairs or Pairs()
         self._most_new_tokens = most_new_tokens(architecture)
         self._is_selective = is_selective
         self._num_positions = context_length
         self._scratch = ScratchPair()
+        self._is_sliding = [kind is LayerKind.SLIDING for kind in architecture.layer_kinds]
         self.cache = KVCache(architecture, num_slots=num_slots, capacity=context_length)
         self.network_seconds = 0.0
         self.num_calls = 0
@@ -115,10 +126,12 @@ class Runtime:
         self._open = opener(weights)
         self._session = self._prompt_session = self._open(graph)
         if prompt_model is not None:
-            prompt_graph, prompt_weights = prompt_model
-            self._prompt_session = opener(prompt_weights)(prompt_graph)
-        # By first slot, number of rows, shape, whether all of them decode, and whether as if one by one.
-        self._kept: dict[tuple[int, int, CallShape, bool, bool], Call] = {}
+            self._prompt_session = opener(prompt_model.weights)(prompt_model.graph)
+            self._prompt_pairs = prompt_model.pairs
+        # By first slot, number of rows, and whether batch-invariant.
+        self._decoding: dict[tuple[int, int, bool], Call] = {}
+        # By first slot, number of rows, shape, what the rows are, and whether as if one by one.
+        self._kept: dict[tuple[int, int, CallShape, _Kind, bool], Call] = {}
         # One row of logits per slot for all single-token calls; other calls bring rows of their own.
         self._decode_logits = SlotBuffer(
             (num_slots, architecture.vocab_size), slot_bytes=4 * architecture.vocab_size, num_spare=1
@@ -131,8 +144,8 @@ class Runtime:
 
         And however a text is cut into rows of two tokens or more. Of a row of one token they are others, as
         attention then sums in another order. A row that wants the logits of more than its last token has
-        those of so many rows of one token where there is a stepwise graph; without one it is not cut, and if
-        it is long its logits may be others.
+        those of so many rows of one token where there is a stepwise graph; without one it is cut only if the
+        last piece holds them all, and if it is long its logits may be others.
 
         With the first time that this is set, a stepwise graph takes memory for weights of its own.
         """
@@ -147,13 +160,16 @@ class Runtime:
     def step(self, rows: Sequence[Row]) -> list[Float32]:
         """Feeds every row its tokens and returns its logits (num_logits, V), valid until the next step."""
         assert not self._is_selective, "a selective graph has no slots"
-        if self.is_batch_invariant:
+        if _are_decoding_neighbours(rows):  # as nearly always: nothing to be sorted or grouped
+            logits = self._decode(rows)
+            return [logits[i : i + 1] for i in range(len(rows))]
+        if self._is_batch_invariant:
             rows = [self._shortened(row) for row in rows]
         if len(rows) == 1:
             return [self._run(rows)[: rows[0].num_logits]]
         results: dict[int, Float32] = {}
         for group in self._groups(rows):
-            logits = self._run(group)
+            logits = self._decode(group) if _are_decoding_neighbours(group) else self._run(group)
             start = 0
             for row in group:
                 results[row.slot.index] = logits[start : start + row.num_logits]
@@ -177,6 +193,7 @@ class Runtime:
                 self._session,
                 piece,
                 new=self._scratch,
+                is_sliding=self._is_sliding,
                 num_positions=self._num_positions,
                 logits=bound_logits,
                 states=states,
@@ -201,8 +218,9 @@ class Runtime:
         return np.empty((count, self.logit_width), np.float32)
 
     def close(self) -> None:
-        """Releases session, weights and cache; nothing can be run afterwards."""
+        """Releases sessions, weights and cache; nothing can be run afterwards."""
         self._kept.clear()
+        self._decoding.clear()
         self._held.clear()
         self._stepwise_session = None
         del self._session, self._prompt_session, self._open, self._decode_logits
@@ -236,7 +254,8 @@ class Runtime:
                     max(each.slot.length for each in (*group, row)) + max(longest, count)
                     <= self.cache.capacity
                 )
-                if is_neighbour and pays and fits and _Kind.of(row) is _Kind.of(group[-1]):
+                is_alike = (count == 1) == (longest == 1) and _Kind.of(row) is _Kind.of(group[-1])
+                if is_neighbour and pays and fits and is_alike:
                     group.append(row)
                     longest, num_tokens = max(longest, count), num_tokens + count
                     continue
@@ -247,13 +266,36 @@ class Runtime:
     def _is_stepwise(self, kind: _Kind) -> bool:
         return kind is _Kind.DRAFTS and self._is_batch_invariant and self._stepwise is not None
 
+    def _decode(self, rows: Sequence[Row]) -> Float32:
+        """Feeds neighbours one token each; their logits, and maybe further rows."""
+        first, count = rows[0].slot.index, len(rows)
+        key = (first, count, self._is_batch_invariant)
+        call = self._decoding.get(key)
+        if call is None:
+            shape = CallShape(count, 1, count)
+            if self._is_batch_invariant:
+                shape = self._pairs.padded(shape, has_room=False)
+            logits = self._decode_logits[first : first + shape.positions]
+            call = Call(
+                self._session,
+                self._layers(first, shape),
+                shape=(shape.places, 1),
+                logits=logits,
+                states=self._no_states,
+                num_rows=count,
+                is_decode=True,
+            )
+            _keep(self._decoding, key, call)
+        call.fill_tokens(rows)
+        self._execute(call)
+        for row in rows:
+            row.slot.length += 1
+        assert call.logits is not None
+        return call.logits
+
     def _run(self, rows: Sequence[Row]) -> Float32:
-        first = rows[0].slot.index
-        call = self._call(first, rows)
-        if call.is_decode:
-            call.fill_tokens(rows)
-        else:
-            call.fill_rows(rows)
+        call = self._call(rows[0].slot.index, rows)
+        call.fill_rows(rows)
         self._execute(call)
         for row in rows:
             row.slot.length += len(row.token_ids)
@@ -269,39 +311,51 @@ class Runtime:
     def _call(self, first: int, rows: Sequence[Row]) -> Call:
         """Bindings for these rows; those of small calls that come again and again are kept."""
         kind = _Kind.of(rows[0])
-        is_decode = kind is _Kind.TOKEN and all(row.num_logits == 1 for row in rows)
-        longest = 1 if is_decode else max(len(row.token_ids) for row in rows)
-        num_logits = len(rows) if is_decode else sum(row.num_logits for row in rows)
+        pairs = self._prompt_pairs if kind is _Kind.TEXT else self._pairs
+        longest = max(len(row.token_ids) for row in rows)
+        num_logits = sum(row.num_logits for row in rows)
+        most = max(row.slot.length for row in rows) + longest
         shape = CallShape(len(rows), longest, num_logits)
         if self._is_batch_invariant:
-            most = max(row.slot.length for row in rows) + longest
-            shape = self._pairs.padded(shape, has_room=most < self.cache.capacity)
-        key = (first, len(rows), shape, is_decode, self._is_stepwise(kind))
+            shape = pairs.padded(shape, has_room=most < self.cache.capacity)
+        is_stepwise = self._is_stepwise(kind)
+        key = (first, len(rows), shape, kind, is_stepwise)
         if key in self._kept:
             return self._kept[key]
-        if is_decode:
-            logits = self._decode_logits[first : first + shape.positions]
-        else:
-            logits = np.empty((shape.positions, self.architecture.vocab_size), np.float32)
-        end = first + shape.places
-        layers = [(keys[first:end], values[first:end]) for keys, values in self.cache.layers]
-        options: dict[str, Any] = {
-            "shape": (shape.places, shape.width),
-            "logits": logits,
-            "states": self._no_states,
-            "num_rows": len(rows),
-        }
-        if self._is_stepwise(kind):
+        logits = np.empty((shape.positions, self.architecture.vocab_size), np.float32)
+        session = self._prompt_session if kind is _Kind.TEXT else self._session
+        make: Callable[..., Call] = partial(Call, session)
+        if is_stepwise:
             assert self._stepwise is not None
-            assert self._stepwise_session is not None
-            num_steps = self._stepwise.num_steps
-            call: Call = StepwiseCall(self._stepwise_session, layers, num_steps=num_steps, **options)
-        else:
-            session = self._prompt_session if kind is _Kind.TEXT else self._session
-            call = Call(session, layers, is_decode=is_decode, **options)
-        is_drafting = len(rows) == 1 and longest <= _MAX_KEPT_TOKENS and longest in (num_logits, 2)
-        if is_decode or is_drafting or self._is_stepwise(kind):
-            if len(self._kept) == _MAX_KEPT_CALLS:
-                del self._kept[next(iter(self._kept))]
-            self._kept[key] = call
+            make = partial(StepwiseCall, self._stepwise_session, num_steps=self._stepwise.num_steps)
+        call = make(
+            self._layers(first, shape),
+            shape=(shape.places, shape.width),
+            logits=logits,
+            states=self._no_states,
+            num_rows=len(rows),
+        )
+        if len(rows) == 1 and longest <= _MAX_KEPT_TOKENS and longest in (num_logits, 2):
+            _keep(self._kept, key, call)
         return call
+
+    def _layers(self, first: int, shape: CallShape) -> Layers:
+        """Keys and values of the slots from `first` on."""
+        end = first + shape.places
+        return [(keys[first:end], values[first:end]) for keys, values in self.cache.layers]
+
+
+def _are_decoding_neighbours(rows: Sequence[Row]) -> bool:
+    """Whether every row brings one token and wants its logits, and their slots are neighbours, in order."""
+    for index, row in enumerate(rows, rows[0].slot.index if rows else 0):
+        is_decoding = len(row.token_ids) == 1 == row.num_logits and not row.is_prompt
+        if not is_decoding or row.slot.index != index:
+            return False
+    return bool(rows)
+
+
+def _keep(calls: dict[_Key, Call], key: _Key, call: Call) -> None:
+    """Keeps a call, in place of the oldest one if there are many."""
+    if len(calls) == _MAX_KEPT_CALLS:
+        del calls[next(iter(calls))]
+    calls[key] = call

@@ -224,7 +224,7 @@ class Scheduler:
             num_kept += num_wanted - 1
             num_reserved += wanted_bytes
             self._waiting.pop()
-            request.row = Row(self._cache.allocate(), ())
+            request.row = Row(self._cache.allocate(), (), is_prompt=True)
             request.admitted_at = time.perf_counter()
             self._prefilling.append(request)
             if self.prefix_cache is not None:
@@ -335,6 +335,7 @@ class Scheduler:
             assert request.row is not None
             self._cache.swap(request.row.slot, len(self._decoding))
             request.row.num_logits = 1
+            request.row.is_prompt = False
             self._decoding.append(request)
             self._rows.append(request.row)
         now = time.perf_counter()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final, Protocol
 
-from modernbert_decoder.engine.draft_length import DraftLength, Luck, StepCosts
+from modernbert_decoder.engine.draft_length import DraftLength, Experience, StepCosts
 from modernbert_decoder.engine.draft_model import open_draft_model
 from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.prompt_lookup import PromptLookup
@@ -55,7 +55,8 @@ class Speculation:
             drafts with a smaller model, which `draft_model` names. By default whichever fits the latter.
         draft_model: a folder or Hub id, with the vocabulary of the larger model.
         dtype: of the draft model, as for `LLM`.
-        max_draft: most tokens drafted at a time; fewer, and none at all, where that pays better.
+        max_draft: most tokens drafted at a time; fewer, and none at all, where that pays better. In a
+            batch-invariant engine a step with any drafts costs a little for each that there could be.
         min_match: fewest tokens that prompt lookup must find again.
         max_match: most tokens that it compares.
         max_rows: most requests decoding at a time with which drafts are made. More requests share the cost
@@ -125,9 +126,10 @@ class Speculator:
         self._speculation = speculation
         self._drafter = drafter
         self._runtime = runtime
-        self._costs: dict[int, StepCosts] = {}
+        # By the number of rows, and whether they are batch-invariant.
+        self._costs: dict[tuple[int, bool], StepCosts] = {}
         self._lengths: dict[Request, DraftLength] = {}
-        self._luck = Luck()
+        self._experience = Experience()
         self._num_rows = 0
         self._num_in_step = 0
         self._num_since_plain = 0
@@ -226,7 +228,7 @@ class Speculator:
             return 0
         length = self._lengths.get(request)
         if length is None:
-            length = self._lengths[request] = DraftLength(longest, self._luck)
+            length = self._lengths[request] = DraftLength(longest, self._experience)
         return length.choose(self._costs_of(self._num_rows), num_rows=self._num_rows)
 
     def _learn(self, request: Request, num_accepted: int, *, was_rejected: bool) -> None:
@@ -235,9 +237,10 @@ class Speculator:
             length.learn(num_accepted=num_accepted, was_rejected=was_rejected)
 
     def _costs_of(self, num_rows: int) -> StepCosts:
-        costs = self._costs.get(num_rows)
+        key = (num_rows, self._runtime.is_batch_invariant)
+        costs = self._costs.get(key)
         if costs is None:
-            costs = self._costs[num_rows] = StepCosts()
+            costs = self._costs[key] = StepCosts()
         return costs
 
 

@@ -64,7 +64,7 @@ def resolve_scheme(
     Raises:
         InputError: an unknown name, or another format than a packed folder holds.
     """
-    asked = QuantizationScheme.named(dtype or "int8", vocabulary_dtype)
+    asked = QuantizationScheme.named(dtype or "int8", vocabulary_dtype, name=name)
     held = checkpoint.scheme
     if held is None:
         return asked

@@ -42,7 +42,7 @@ _TASK_OF_HEAD: Final[Mapping[Head, str]] = {
 }
 # Arguments of LLM that model_kwargs may hold; the others have names of their own in `pipeline`.
 _MODEL_ARGUMENTS: Final = frozenset(
-    {"vocabulary_dtype", "cache_dir", "threads", "max_slots", "max_context", "chunk_size"}
+    {"vocabulary_dtype", "prefill_dtype", "cache_dir", "threads", "max_slots", "max_context", "chunk_size"}
     | {"max_batch_tokens", "providers", "show_progress"}
 )
 _MODEL_ADVICE: Final = {

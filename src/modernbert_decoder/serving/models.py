@@ -127,7 +127,7 @@ class Registry:
         model.created = int(time.time())
         model.engine = engine
         seconds = time.perf_counter() - started
-        _log.info("loaded %s (%s) in %.1f s", model.name, engine.llm.scheme.name, seconds)
+        _log.info("loaded %s (%s) in %.1f s", model.name, engine.llm.formats, seconds)
 
     def stalled(self, seconds: float) -> tuple[str, ...]:
         """Names of models whose engine has been in one step for longer than that."""
@@ -201,12 +201,16 @@ def opener(settings: EngineSettings) -> OpenModel:
             speculation=_speculation(settings.draft),
             **given,
         )
-        return AsyncLLM(
-            llm,
-            max_waiting=settings.max_waiting,
-            max_kv_bytes=settings.kv_bytes,
-            batch_invariant=settings.batch_invariant,
-        )
+        try:
+            return AsyncLLM(
+                llm,
+                max_waiting=settings.max_waiting,
+                max_kv_bytes=settings.kv_bytes,
+                batch_invariant=settings.batch_invariant,
+            )
+        except BaseException:
+            llm.close()
+            raise
 
     return open_model
 

@@ -47,7 +47,7 @@ class ModelSource:
         """Reads `[NAME=]MODEL[:DTYPE[+PREFILL_DTYPE]]`.
 
         Without a name, a Hub id or bundled name stands for itself and a folder for its last part, followed by
-        the dtype if there is one.
+        what was said of dtypes.
 
         Raises:
             InputError: the name cannot be used.
@@ -68,7 +68,7 @@ class ModelSource:
         if not model or not is_dtype:
             model, suffix = rest, ""
         if not model:
-            raise InputError(f"{spelling!r} names no model; write [NAME=]MODEL[:DTYPE]")
+            raise InputError(f"{spelling!r} names no model; write [NAME=]MODEL[:DTYPE[+PREFILL_DTYPE]]")
         if not separator:
             is_folder = Path(model).is_dir() or model.count("/") > 1 or "\\" in model
             name = (Path(model).resolve().name if is_folder else model) + (f":{suffix}" if suffix else "")

@@ -90,4 +90,4 @@ def answer_id(prefix: str, record: RequestRecord) -> str:
 
 def fingerprint(model: ServedModel) -> str:
     """What the answer depends on besides the request: the release and the weights' format."""
-    return f"mbd-{__version__}-{model.llm.scheme.name}"
+    return f"mbd-{__version__}-{model.llm.formats}"

@@ -85,7 +85,7 @@ def _card(model: ServedModel) -> ModelCard:
         known = {
             "task": _TASKS[architecture.head],
             "head": architecture.head.name.lower(),
-            "dtype": llm.scheme.name,
+            "dtype": llm.formats,
             "max_model_len": llm.max_context,
             "vocab_size": architecture.vocab_size,
             "hidden_size": architecture.hidden_size,
