@@ -245,6 +245,8 @@ class SelectiveCall(PartedCall):
         width = max(longest, NUM_PARTS)  # for a token in each part
         shape = (num_rows, width)
         part_lengths = np.diff(np.arange(NUM_PARTS + 1) * width // NUM_PARTS)
+        counts = [len(ids) for ids in piece.token_ids]
+        self._is_token = (np.arange(width) < np.array(counts)[:, None])[..., None]
         super().__init__(
             session,
             layers,
@@ -285,7 +287,8 @@ class SelectiveCall(PartedCall):
             self.logit_positions[:] = selection.found[:num_logits]
 
     def _lengths(self) -> dict[str, NDArray[Any]]:
-        return {**Call._lengths(self), **super()._lengths(), "part_lengths": self._part_lengths}
+        lengths = {**Call._lengths(self), **super()._lengths(), "part_lengths": self._part_lengths}
+        return {**lengths, "is_token": self._is_token}
 
     def _positions(self) -> dict[str, NDArray[Any]]:
         return {"logit_positions": self.logit_positions, "state_positions": self.state_positions}

@@ -69,7 +69,8 @@ def build_graph(
     new tokens alone, for the caller to put behind the others. The weights are those of
     `selective.divided_projection`. Attention of sliding layers takes the tokens in `NUM_PARTS` parts, one
     after another, of `part_lengths` tokens each, at least one: few keys are then computed that a query does
-    not see. Their inputs and outputs are those of a stepwise graph, with parts in place of places.
+    not see. Their inputs and outputs are those of a stepwise graph, with parts in place of places; `is_token`
+    (B, S, 1) bool tells tokens from padding.
 
     In a stepwise graph attention takes the tokens of a row one after another, so that its sums are those of
     so many calls of one token each, while all else is computed for all tokens together. Of up to
@@ -210,7 +211,10 @@ class _GraphBuilder:
             outputs.append(self.cached_attention(index, part, past, present, output, place=f".{j}"))
             past = present  # so that no part is computed before the one before it
         whole = self.op("Concat", outputs, axis=1)
-        return self.op("Gather", [whole, "token_places"], axis=1) if self.num_stepwise else whole
+        if self.num_stepwise:
+            return self.op("Gather", [whole, "token_places"], axis=1)
+        # A part without tokens of a row is left as memory was, and NaN times 0, in sums over keys, is NaN.
+        return self.op("Where", ["is_token", whole, self.constant("nothing", 0, np.float32)])
 
     def cached_attention(
         self,
@@ -493,7 +497,10 @@ class _GraphBuilder:
                 _value(f"query_lengths{place}", TensorProto.INT32, ["B"]),
             ]
         if self.is_selective:
-            self.inputs.append(_value("part_lengths", TensorProto.INT64, [NUM_PARTS]))
+            self.inputs += [
+                _value("part_lengths", TensorProto.INT64, [NUM_PARTS]),
+                _value("is_token", TensorProto.BOOL, ["B", "S", 1]),
+            ]
         if self.num_stepwise:
             self.inputs += [
                 _value("places", TensorProto.INT64, [self.num_stepwise]),
