@@ -14,7 +14,7 @@ ENGINE = f"{PACKAGE}.engine"
 # The door, what it is opened with, and the values that go through it.
 IMPORTED = {"async_llm", "llm", "outputs", "sampling_params", "speculation", "structured"}
 # What an engine's model says of itself, and its release. Nothing here computes.
-USED_OF_LLM = {"architecture", "check_structured", "close", "folder", "max_context", "scheme", "tokenizer"}
+USED_OF_LLM = {"architecture", "check_structured", "close", "folder", "formats", "max_context", "tokenizer"}
 # Where each is made: an LLM is put behind its door at once.
 MADE = {"LLM": {"models.py"}, "AsyncLLM": {"models.py"}}
 
