@@ -14,7 +14,7 @@ from modernbert_decoder.engine.calls import Piece
 from modernbert_decoder.engine.graph import build_graph
 from modernbert_decoder.engine.reading_cache import ReadingCache
 from modernbert_decoder.engine.runtime import Runtime
-from modernbert_decoder.engine.selective import NUM_PARTS, Selection, is_worthwhile
+from modernbert_decoder.engine.selective import Selection, is_worthwhile
 from modernbert_decoder.quantization import QuantizationScheme
 
 CONTEXT = 200
@@ -112,22 +112,6 @@ def test_generating_models_and_those_that_end_in_a_sliding_layer_are_read_whole(
     assert not is_worthwhile(tiny_architecture(head=Head.NONE, **sliding_last))
 
 
-def test_what_parts_give_of_padding_is_dropped() -> None:
-    """A row without tokens in a part gets what memory held before, NaN among it, which no test can order."""
-    architecture = tiny_architecture(head=Head.SEQUENCE_CLASSIFICATION)
-    scheme = QuantizationScheme.named("float32")
-    graph = onnx.load_from_string(
-        build_graph(architecture, scheme, num_positions=64, is_selective=True)
-    ).graph
-    makers = {output: node for node in graph.node for output in node.output}
-    joined = [node for node in graph.node if node.op_type == "Concat" and "attn" in node.input[0]]
-    assert len(joined) == architecture.num_sliding_layers > 0
-    for node in joined:
-        assert {makers[each].op_type for each in node.input} == {"GroupQueryAttention"}
-        (user,) = [each for each in graph.node if node.output[0] in each.input]
-        assert (user.op_type, user.input[0]) == ("Where", "is_token")
-
-
 def test_the_last_layer_has_no_attention_over_all_tokens() -> None:
     architecture = tiny_architecture(head=Head.SEQUENCE_CLASSIFICATION)
     scheme = QuantizationScheme.named("w8a8")
@@ -140,4 +124,4 @@ def test_the_last_layer_has_no_attention_over_all_tokens() -> None:
         )
         for chosen in (False, True)
     ]
-    assert counts == [4, 1 + 2 * NUM_PARTS]
+    assert counts == [4, 3]

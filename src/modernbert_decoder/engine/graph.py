@@ -22,7 +22,6 @@ from onnx import TensorProto, helper
 
 from modernbert_decoder.architecture import ACTIVATIONS, Activation, DecoderArchitecture, Head, LayerKind
 from modernbert_decoder.costs import EMBEDDING, VOCABULARY
-from modernbert_decoder.engine.selective import NUM_PARTS
 from modernbert_decoder.engine.weights import EMBEDDING_ROWS, rotary_name
 from modernbert_decoder.errors import ConfigurationError
 from modernbert_decoder.quantization import MatrixFormat, QuantizationScheme, fused_shapes
@@ -67,10 +66,7 @@ def build_graph(
     T + S), 0 where a key is seen and minus infinity elsewhere; `num_keys`, T and S. `past_key.i` and
     `past_value.i` of the last layer hold T positions, its `present_key.i` and `present_value.i` those of the
     new tokens alone, for the caller to put behind the others. The weights are those of
-    `selective.divided_projection`. Attention of sliding layers takes the tokens in `NUM_PARTS` parts, one
-    after another, of `part_lengths` tokens each, at least one: few keys are then computed that a query does
-    not see. Their inputs and outputs are those of a stepwise graph, with parts in place of places; `is_token`
-    (B, S, 1) bool tells tokens from padding.
+    `selective.divided_projection`.
 
     In a stepwise graph attention takes the tokens of a row one after another, so that its sums are those of
     so many calls of one token each, while all else is computed for all tokens together. Of up to
@@ -194,27 +190,19 @@ class _GraphBuilder:
         capacity = "R" if kind is LayerKind.SLIDING else "P"
         past = [f"past_key.{index}", f"past_value.{index}"]
         self.inputs += [_value(tensor, TensorProto.FLOAT, self._cache_shape(capacity)) for tensor in past]
-        if not self.num_stepwise and not (self.is_selective and kind is LayerKind.SLIDING):
+        if not self.num_stepwise:
             present = [f"present_key.{index}", f"present_value.{index}"]
             return self.cached_attention(index, qkv, past, present, f"{name}.output")
-        num_parts = self.num_stepwise or NUM_PARTS
-        parts = [f"{name}.qkv.{j}" for j in range(num_parts)]
-        if self.num_stepwise:
-            in_places = self.op("Gather", [qkv, "places"], axis=1)
-            self.multi_op("Split", [in_places], outputs=parts, axis=1, num_outputs=num_parts)
-        else:
-            self.multi_op("Split", [qkv, "part_lengths"], outputs=parts, axis=1)
+        parts = [f"{name}.qkv.{j}" for j in range(self.num_stepwise)]
+        in_places = self.op("Gather", [qkv, "places"], axis=1)
+        self.multi_op("Split", [in_places], outputs=parts, axis=1, num_outputs=len(parts))
         outputs = []
         for j, part in enumerate(parts):
             present = [f"present_key.{index}.{j}", f"present_value.{index}.{j}"]
             output = f"{name}.output.{j}"
             outputs.append(self.cached_attention(index, part, past, present, output, place=f".{j}"))
-            past = present  # so that no part is computed before the one before it
-        whole = self.op("Concat", outputs, axis=1)
-        if self.num_stepwise:
-            return self.op("Gather", [whole, "token_places"], axis=1)
-        # A part without tokens of a row is left as memory was, and NaN times 0, in sums over keys, is NaN.
-        return self.op("Where", ["is_token", whole, self.constant("nothing", 0, np.float32)])
+            past = present  # so that no place is computed before the one before it
+        return self.op("Gather", [self.op("Concat", outputs, axis=1), "token_places"], axis=1)
 
     def cached_attention(
         self,
@@ -489,17 +477,11 @@ class _GraphBuilder:
             _value("input_ids", TensorProto.INT64, ["B", "S"]),
             _value("state_positions", TensorProto.INT64, ["N"]),
         ]
-        num_parts = self.num_stepwise or (NUM_PARTS if self.is_selective else 0)
-        for place in [f".{j}" for j in range(num_parts)] + [""] * (not self.num_stepwise):
+        for place in [f".{j}" for j in range(self.num_stepwise)] or [""]:
             self.inputs += [
                 _value(f"last_positions{place}", TensorProto.INT32, ["B"]),
                 _value(f"longest{place}", TensorProto.INT32, []),
                 _value(f"query_lengths{place}", TensorProto.INT32, ["B"]),
-            ]
-        if self.is_selective:
-            self.inputs += [
-                _value("part_lengths", TensorProto.INT64, [NUM_PARTS]),
-                _value("is_token", TensorProto.BOOL, ["B", "S", 1]),
             ]
         if self.num_stepwise:
             self.inputs += [

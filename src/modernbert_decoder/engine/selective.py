@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,6 @@ from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.quantization import QuantizationScheme
 
 Int64 = NDArray[np.int64]
-# Sliding layers of a selective graph take new tokens in so many parts, one after another. A part computes the
-# scores of all its tokens with all keys of the ring and of its own, seen or not: with 64 of these rather than
-# 256. (In full layers, which see what came before in any case, more calls cost more than they save.)
-NUM_PARTS: Final = 4
 
 
 def is_worthwhile(architecture: DecoderArchitecture) -> bool:
