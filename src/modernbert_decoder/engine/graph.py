@@ -93,10 +93,8 @@ def build_graph(
             f"num_attention_heads {architecture.num_attention_heads}); the engine needs a multiple of 16"
         )
     assert not (is_selective and num_stepwise), "what selects tokens verifies none"
-    graph = _GraphBuilder(
-        architecture, scheme, num_positions, activation_levels, num_stepwise, is_selective=is_selective
-    )
-    graph.build()
+    graph = _GraphBuilder(architecture, scheme, num_positions, activation_levels, num_stepwise)
+    graph.build(is_selective=is_selective)
     return graph.serialized()
 
 
@@ -110,28 +108,26 @@ class _GraphBuilder:
         num_positions: int,
         activation_levels: int,
         num_stepwise: int = 0,
-        is_selective: bool = False,
     ) -> None:
         self.architecture = architecture
         self.scheme = scheme
         self.num_positions = num_positions
         self.activation_levels = activation_levels
         self.num_stepwise = num_stepwise
-        self.is_selective = is_selective
         self.shapes = fused_shapes(architecture)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
 
-    def build(self) -> None:
+    def build(self, *, is_selective: bool = False) -> None:
         """Walks through the model once, from ids to states and logits."""
         self._declare_inputs()
         x = self.embeddings()
         num_layers = self.architecture.num_hidden_layers
         for index in range(num_layers - 1):
             x = self.layer(index, x)
-        if self.is_selective:
+        if is_selective:
             x = self.selective_layer(num_layers - 1, x)
             x = self.op("Reshape", [x, self.constant("token_rows", [-1, self.architecture.hidden_size])])
         else:
