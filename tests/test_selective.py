@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -10,11 +13,13 @@ from hypothesis import strategies as st
 
 from checkpoints import open_runtime, random_ids, relative_error, tiny_architecture, write_checkpoint
 from modernbert_decoder.architecture import Head, LayerKind
+from modernbert_decoder.costs import EMBEDDING
 from modernbert_decoder.engine.calls import Piece
 from modernbert_decoder.engine.graph import build_graph
 from modernbert_decoder.engine.reading_cache import ReadingCache
 from modernbert_decoder.engine.runtime import Runtime
 from modernbert_decoder.engine.selective import Selection, is_worthwhile
+from modernbert_decoder.engine.weights import load_weights
 from modernbert_decoder.quantization import QuantizationScheme
 
 CONTEXT = 200
@@ -35,9 +40,14 @@ def runtimes(
     return whole, selective
 
 
-def read(runtime: Runtime, lengths: list[int], width: int, wanted: list[set[int]]) -> list[np.ndarray]:
+def read(
+    runtime: Runtime, lengths: list[int], width: int, wanted: list[set[int]], *, first_id: int = 0
+) -> list[np.ndarray]:
     """Logits and states (n, V or C) of the wanted places of each text, fed in pieces of `width`."""
-    texts = [random_ids(runtime.architecture, length, seed=i) for i, length in enumerate(lengths)]
+    texts = [
+        [max(token_id, first_id) for token_id in random_ids(runtime.architecture, length, seed=i)]
+        for i, length in enumerate(lengths)
+    ]
     cache = ReadingCache(runtime.architecture, num_positions=CONTEXT * len(texts), max_rows=len(texts))
     layers = cache.layers(len(texts), max(lengths))
     found: list[np.ndarray] = []
@@ -70,6 +80,32 @@ def test_any_tokens_of_any_pieces_have_the_logits_and_states_of_the_whole_layer(
     whole, selective = (read(runtime, lengths, width, wanted) for runtime in runtimes)
     for expected, values in zip(whole, selective, strict=True):
         assert values.shape == expected.shape
+        if expected.size:
+            assert relative_error(values, expected) < TOLERANCE
+
+
+def test_what_is_computed_of_padding_reaches_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be NaN: attention leaves its results for padding as memory was."""
+    architecture = tiny_architecture(window=WINDOW, head=Head.SEQUENCE_CLASSIFICATION)
+    folder = write_checkpoint(tmp_path, architecture)
+    lengths, wanted = [60, 41, 3], [{1, 30, 59}, {40}, {0, 2}]
+
+    def poisoned(*args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
+        weights = load_weights(*args, **kwargs)
+        embedding = weights[EMBEDDING].copy()
+        embedding[0] = np.nan  # what padding is filled with
+        return {**weights, EMBEDDING: embedding}
+
+    monkeypatch.setattr("checkpoints.load_weights", poisoned)
+    runtime = open_runtime(folder, context_length=CONTEXT, is_selective=True)
+    for width in (25, 60, 25):
+        found = read(runtime, lengths, width, wanted, first_id=1)
+        assert all(np.isfinite(values).all() for values in found), width
+    monkeypatch.undo()
+    whole = open_runtime(folder, context_length=CONTEXT)
+    for expected, values in zip(read(whole, lengths, 25, wanted, first_id=1), found, strict=True):
         if expected.size:
             assert relative_error(values, expected) < TOLERANCE
 

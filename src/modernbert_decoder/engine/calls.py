@@ -204,6 +204,7 @@ class SelectiveCall(Call):
             "selected_positions": selection.selected_positions,
             "visible": selection.visible(),
             "num_keys": np.array([selection.num_past, longest]),
+            "is_token": selection.is_token([len(ids) for ids in piece.token_ids]),
             f"past_key.{index}": past[0],
             f"past_value.{index}": past[1],
         }

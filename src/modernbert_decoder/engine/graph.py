@@ -63,10 +63,10 @@ def build_graph(
     that are asked for, Q of each row. There are no `kept_positions`; `logit_positions` and `state_positions`
     are indices into these B * Q. Further inputs: `selected` (B, Q) int64, indices into the B * S tokens;
     `positions` (B, S) and `selected_positions` (B, Q) int64, places in their texts; `visible` (B, 1, Q,
-    T + S), 0 where a key is seen and minus infinity elsewhere; `num_keys`, T and S. `past_key.i` and
-    `past_value.i` of the last layer hold T positions, its `present_key.i` and `present_value.i` those of the
-    new tokens alone, for the caller to put behind the others. The weights are those of
-    `selective.divided_projection`.
+    T + S), 0 where a key is seen and minus infinity elsewhere; `num_keys`, T and S; `is_token` (B, S, 1)
+    bool, false for padding. `past_key.i` and `past_value.i` of the last layer hold T positions, its
+    `present_key.i` and `present_value.i` those of the new tokens alone, for the caller to put behind the
+    others. The weights are those of `selective.divided_projection`.
 
     In a stepwise graph attention takes the tokens of a row one after another, so that its sums are those of
     so many calls of one token each, while all else is computed for all tokens together. Of up to
@@ -242,7 +242,10 @@ class _GraphBuilder:
             _value("selected_positions", TensorProto.INT64, ["B", "Q"]),
             _value("visible", TensorProto.FLOAT, ["B", 1, "Q", "T+S"]),
             _value("num_keys", TensorProto.INT64, [2]),
+            _value("is_token", TensorProto.BOOL, ["B", "S", 1]),
         ]
+        # Attention leaves its results for padding as memory was, maybe NaN, and no mask hides a key of NaN.
+        x = self.op("Where", ["is_token", x, self.constant("nothing", 0, np.float32)])
         h = x if index == 0 else self.norm(f"{name}.attn_norm", x)
         x = self.rows(x, width, "selected")
         x = self.op("Add", [x, self.selective_attention(index, h)])
