@@ -24,7 +24,7 @@ from modernbert_decoder.quantization import QuantizationScheme
 
 CONTEXT = 200
 WINDOW = 16
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5  # float32 sums in another order; logits of near-opposite terms lose a digit
 
 
 @pytest.fixture(scope="module", params=[Head.SEQUENCE_CLASSIFICATION, Head.NONE])
