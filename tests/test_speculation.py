@@ -736,6 +736,28 @@ def test_a_choice_is_made_anew_for_another_number_of_rows() -> None:
     assert length.choose(known, num_rows=4) < alone
 
 
+def test_where_there_is_nothing_to_draft_it_is_looked_for_seldom_until_something_is_found() -> None:
+    known, length = costs(1.0, 0.1), DraftLength(8, Experience())
+    looked = []
+    for step in range(200):
+        if length.choose(known, num_rows=1):
+            looked.append(step)
+            length.miss()
+    assert looked == [*range(16), *range(19, 200, 4)]
+    length.learn(num_accepted=8, was_rejected=False)
+    assert all(length.choose(known, num_rows=1) for _ in range(16))
+
+
+def test_a_request_with_nothing_to_draft_seldom_asks_for_drafts(bench: Bench) -> None:
+    group = bench.group(ids(20), SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
+    bench.expected(group[0])
+    oracle = Oracle(bench.known, lambda _: True, limits=(0,))
+    scheduler, _ = bench.open(oracle, adaptive=True)
+    run(scheduler, group)
+    bench.assert_as_expected(group)
+    assert 16 < oracle.num_asked < 16 + 400 / 4 + 2
+
+
 def test_a_request_whose_drafts_are_never_right_soon_makes_plain_steps(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,9 @@ _FIRST_PAUSE: Final = 16
 _LONGEST_PAUSE: Final = 256
 _LONGEST_PAUSE_OF_ALL: Final = 2048
 _PROBE_LENGTH: Final = 2
+# After so many steps in a row in which there was nothing to draft, only every so many-th looks for it.
+_MANY_MISSES: Final = 16
+_LOOKS_EVERY: Final = 4
 # Steps for which a choice holds while nothing is learned: costs change slowly, and to choose costs some, too.
 _HOLDS_FOR: Final = 64
 
@@ -150,6 +153,8 @@ class DraftLength:
         self._pauses = Pauses(_LONGEST_PAUSE)
         self._pause = 0
         self._num_paying = 0
+        self._num_misses = 0
+        self._num_unlooked = 0
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -163,6 +168,9 @@ class DraftLength:
     def choose(self, costs: StepCosts, *, num_rows: int) -> int:
         """How many tokens to draft in the coming step, which `num_rows` requests share."""
         if not costs.is_known:
+            return 0
+        if self._num_misses >= _MANY_MISSES and self._num_unlooked < _LOOKS_EVERY - 1:
+            self._num_unlooked += 1
             return 0
         if self._pause:
             self._pause -= 1
@@ -195,8 +203,14 @@ class DraftLength:
                 best, best_rate = count, rate
         return best
 
+    def miss(self) -> None:
+        """Learns that there was nothing to draft in this step."""
+        self._num_misses += 1
+        self._num_unlooked = 0
+
     def learn(self, *, num_accepted: int, was_rejected: bool) -> None:
         """Learns from one step: so many drafts were right, and whether the next one was wrong."""
+        self._num_misses = 0
         self._is_probing = False
         self._held = (0, 0, 0)
         if self._is_paying:

@@ -214,11 +214,15 @@ class Speculator:
         # What stands behind the pending token must be such that it can be taken back, and the last token that
         # a step gives is never a draft.
         room = min(self._runtime.cache.num_reversible(row.slot.length + 1), request.room - 1)
-        drafts = self._drafter.draft(request, min(count, room)) if room > 0 else []
+        if room <= 0:
+            return
+        drafts = self._drafter.draft(request, min(count, room))
         if drafts:
             row.token_ids = (*row.token_ids, *drafts)
             row.num_logits = len(row.token_ids)
             self._num_in_step += len(drafts)
+        elif request in self._lengths:
+            self._lengths[request].miss()
 
     def _wanted(self, request: Request) -> int:
         longest = self._speculation.max_draft
