@@ -157,8 +157,8 @@ class SpeculationResults(Setting):
 
 
 _SETTING = (
-    f"One sequence of {_TOKENS} tokens at a time; in each round one, or {_COMPLETIONS[STORYTELLER]} one after "
-    "the other where the model is storyteller. That is the bundled model, the others are random ones of the "
+    f"One sequence of {_TOKENS} tokens at a time; in each round one, or {_COMPLETIONS[STORYTELLER]} in turn "
+    "where the model is storyteller. That is the bundled model, the others are random ones of the "
     "released shapes, which follow nothing: sampled, their text is noise, and greedy, it soon goes round in "
     "circles. Two engines of one process decode in turn, with and without drafts; ratios are taken within "
     "each round, and the table has medians, in parentheses the least and the greatest."
