@@ -706,6 +706,18 @@ def test_a_new_request_tries_few_drafts_where_others_had_no_luck() -> None:
     assert 8 in simulate(DraftLength(8, general), known, lambda _: True, 20)
 
 
+def test_a_new_request_pauses_for_longer_where_others_had_no_luck() -> None:
+    known, general = costs(1.0, 0.1), Experience()
+    tried = [sum(map(bool, simulate(DraftLength(8, general), known, lambda _: False, 250))) for _ in range(9)]
+    assert tried[0] > 5
+    assert all(1 <= count <= 4 for count in tried[2:])
+    # Drafts that become right later in a text are found nevertheless, and then pauses are short again.
+    length = DraftLength(8, general)
+    simulate(length, known, lambda _: False, 100)
+    assert 8 in simulate(length, known, lambda _: True, 200)
+    assert general.last_pause == 0
+
+
 def test_a_probe_waits_for_something_to_draft() -> None:
     known, general = costs(1.0, 0.1), Experience()
     general.luck = Luck(0.0)
@@ -737,13 +749,23 @@ def test_a_choice_is_made_anew_for_another_number_of_rows() -> None:
 
 
 def test_where_there_is_nothing_to_draft_it_is_looked_for_seldom_until_something_is_found() -> None:
-    known, length = costs(1.0, 0.1), DraftLength(8, Experience())
-    looked = []
-    for step in range(200):
-        if length.choose(known, num_rows=1):
-            looked.append(step)
-            length.miss()
-    assert looked == [*range(16), *range(19, 200, 4)]
+    known, general = costs(1.0, 0.1), Experience()
+    length = DraftLength(8, general)
+
+    def looks(of: DraftLength, steps: int) -> list[int]:
+        looked = []
+        for step in range(steps):
+            if of.choose(known, num_rows=1):
+                looked.append(step)
+                of.miss()
+        return looked
+
+    assert looks(length, 200) == [*range(16), *range(19, 200, 4)]
+    # A new request starts from that, and a draft that is wrong changes nothing.
+    later = DraftLength(8, general)
+    assert looks(later, 8) == [3, 7]
+    later.learn(num_accepted=0, was_rejected=True)
+    assert looks(later, 8) == [3, 7]
     length.learn(num_accepted=8, was_rejected=False)
     assert all(length.choose(known, num_rows=1) for _ in range(16))
 

@@ -24,12 +24,13 @@ _DECAY_OF_ALL: Final = 0.98
 _MARGIN: Final = 1.02
 # Steps without drafts after drafting stopped paying, doubled each time until it has paid for as many steps as
 # the first pause is long; then so many tokens are tried. Where drafts cost too much even for a request with
-# luck, the pause is that of all requests.
+# luck, the pause is that of all requests. Where others had no luck, a new request begins at a quarter of what
+# their pauses came to.
 _FIRST_PAUSE: Final = 16
 _LONGEST_PAUSE: Final = 256
 _LONGEST_PAUSE_OF_ALL: Final = 2048
 _PROBE_LENGTH: Final = 2
-# After so many steps in a row in which there was nothing to draft, only every so many-th looks for it.
+# After so many steps with nothing to draft, only every so many-th looks, until a draft was right.
 _MANY_MISSES: Final = 16
 _LOOKS_EVERY: Final = 4
 # Steps for which a choice holds while nothing is learned: costs change slowly, and to choose costs some, too.
@@ -110,11 +111,15 @@ class Pauses:
     >>> pauses = Pauses(longest=40)
     >>> [pauses.next() for _ in range(3)]
     [16, 32, 40]
+
+    Args:
+        longest: steps that no pause exceeds.
+        first: steps of the first one, if that is more than usual.
     """
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, *, first: int = 0) -> None:
         self._longest = longest
-        self._next = _FIRST_PAUSE
+        self._next = max(_FIRST_PAUSE, first)
 
     def next(self) -> int:
         """Steps of the pause that begins now."""
@@ -132,11 +137,15 @@ class Experience:
     Attributes:
         luck: of their drafts.
         pauses: where drafts cost too much for any of them.
+        last_pause: of a request whose drafts were not right often enough; 0 since drafts paid.
+        num_misses: steps with nothing to draft since a draft was right, of the request that learned last.
     """
 
     def __init__(self) -> None:
         self.luck = Luck()
         self.pauses = Pauses(_LONGEST_PAUSE_OF_ALL)
+        self.last_pause = 0
+        self.num_misses = 0
 
 
 class DraftLength:
@@ -150,10 +159,10 @@ class DraftLength:
     def __init__(self, longest: int, general: Experience) -> None:
         self._longest = longest
         self._general = general
-        self._pauses = Pauses(_LONGEST_PAUSE)
+        self._pauses = Pauses(_LONGEST_PAUSE, first=general.last_pause // 4)
         self._pause = 0
         self._num_paying = 0
-        self._num_misses = 0
+        self._num_misses = general.num_misses
         self._num_unlooked = 0
         self._start_anew()
 
@@ -185,6 +194,8 @@ class DraftLength:
             may_pay = self._best(_PRIOR_SHARE, costs, num_rows) > 0
             if not (may_pay and self._is_probing):
                 self._pause = (self._pauses if may_pay else self._general.pauses).next()
+                if may_pay:
+                    self._general.last_pause = self._pause
                 self._num_paying = 0
                 self._start_anew()
                 return 0
@@ -206,11 +217,14 @@ class DraftLength:
     def miss(self) -> None:
         """Learns that there was nothing to draft in this step."""
         self._num_misses += 1
+        self._general.num_misses = self._num_misses
         self._num_unlooked = 0
 
     def learn(self, *, num_accepted: int, was_rejected: bool) -> None:
         """Learns from one step: so many drafts were right, and whether the next one was wrong."""
-        self._num_misses = 0
+        if num_accepted:
+            self._num_misses = self._general.num_misses = 0
+        self._num_unlooked = 0
         self._is_probing = False
         self._held = (0, 0, 0)
         if self._is_paying:
@@ -218,5 +232,6 @@ class DraftLength:
             if self._num_paying == _FIRST_PAUSE:
                 self._pauses.reset()
                 self._general.pauses.reset()
+                self._general.last_pause = 0
         for luck in (self._own, self._general.luck):
             luck.learn(num_accepted=num_accepted, was_rejected=was_rejected)

@@ -128,6 +128,7 @@ class Speculator:
         self._runtime = runtime
         # By the number of rows, and whether they are batch-invariant.
         self._costs: dict[tuple[int, bool], StepCosts] = {}
+        self._costs_now = StepCosts()  # of the step that was proposed last
         self._lengths: dict[Request, DraftLength] = {}
         self._experience = Experience()
         self._num_rows = 0
@@ -142,6 +143,7 @@ class Speculator:
         """Puts drafts behind the pending tokens of requests that are about to be decoded together."""
         self._num_rows = len(requests)
         self._num_in_step = 0
+        self._costs_now = self._costs_of(self._num_rows)
         self._network_seconds = self._runtime.network_seconds
         started = time.perf_counter()
         if len(requests) <= self._speculation.max_rows:
@@ -155,7 +157,7 @@ class Speculator:
         seconds = self._runtime.network_seconds - self._network_seconds
         if self._num_in_step:
             seconds += self._draft_seconds
-        self._costs_of(self._num_rows).add(self._num_in_step, seconds)
+        self._costs_now.add(self._num_in_step, seconds)
 
     def verify(self, request: Request, logits: Float32, accept: Callable[[Request, Float32], None]) -> None:
         """Has tokens chosen from logits (drafts + 1, V) for as long as they are those that were drafted.
@@ -233,7 +235,7 @@ class Speculator:
         length = self._lengths.get(request)
         if length is None:
             length = self._lengths[request] = DraftLength(longest, self._experience)
-        return length.choose(self._costs_of(self._num_rows), num_rows=self._num_rows)
+        return length.choose(self._costs_now, num_rows=self._num_rows)
 
     def _learn(self, request: Request, num_accepted: int, *, was_rejected: bool) -> None:
         length = self._lengths.get(request)
