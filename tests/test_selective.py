@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import open_runtime, random_ids, relative_error, tiny_architecture, write_checkpoint
+from modernbert_decoder import LLM
 from modernbert_decoder.architecture import Head, LayerKind
 from modernbert_decoder.costs import EMBEDDING
 from modernbert_decoder.engine.calls import Piece
@@ -71,11 +72,11 @@ def read(
 
 
 @settings(max_examples=40, deadline=None)
-@given(data=st.data(), width=st.integers(1, 70))
+@given(data=st.data(), width=st.integers(1, 140))
 def test_any_tokens_of_any_pieces_have_the_logits_and_states_of_the_whole_layer(
     data: st.DataObject, width: int, runtimes: tuple[Runtime, Runtime]
 ) -> None:
-    lengths = sorted(data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=4)), reverse=True)
+    lengths = sorted(data.draw(st.lists(st.integers(1, 190), min_size=1, max_size=4)), reverse=True)
     wanted = [data.draw(st.sets(st.integers(0, length - 1), max_size=5)) for length in lengths]
     whole, selective = (read(runtime, lengths, width, wanted) for runtime in runtimes)
     for expected, values in zip(whole, selective, strict=True):
@@ -90,7 +91,7 @@ def test_what_is_computed_of_padding_reaches_no_token(
     """It may be NaN: attention leaves its results for padding as memory was."""
     architecture = tiny_architecture(window=WINDOW, head=Head.SEQUENCE_CLASSIFICATION)
     folder = write_checkpoint(tmp_path, architecture)
-    lengths, wanted = [60, 41, 3], [{1, 30, 59}, {40}, {0, 2}]
+    lengths, wanted = [160, 103, 41, 3], [{1, 30, 159}, {102}, {40}, {0, 2}]
 
     def poisoned(*args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
         weights = load_weights(*args, **kwargs)
@@ -100,7 +101,8 @@ def test_what_is_computed_of_padding_reaches_no_token(
 
     monkeypatch.setattr("checkpoints.load_weights", poisoned)
     runtime = open_runtime(folder, context_length=CONTEXT, is_selective=True)
-    for width in (25, 60, 25):
+    # In whole pieces and in three parts; the last one finds what the others have left in memory.
+    for width in (25, 160, 120, 25):
         found = read(runtime, lengths, width, wanted, first_id=1)
         assert all(np.isfinite(values).all() for values in found), width
     monkeypatch.undo()
@@ -146,6 +148,48 @@ def test_generating_models_and_those_that_end_in_a_sliding_layer_are_read_whole(
     assert is_worthwhile(tiny_architecture(head=Head.NONE))
     assert not is_worthwhile(tiny_architecture(head=Head.CAUSAL_LM))
     assert not is_worthwhile(tiny_architecture(head=Head.NONE, **sliding_last))
+
+
+@pytest.mark.parametrize(
+    "layer_kinds",
+    [
+        (LayerKind.FULL, LayerKind.FULL),
+        (LayerKind.SLIDING, LayerKind.FULL),
+        (LayerKind.SLIDING, LayerKind.SLIDING, LayerKind.FULL),
+        (LayerKind.FULL,),
+    ],
+    ids=lambda kinds: "-".join(kind.name.lower() for kind in kinds),
+)
+def test_models_of_any_layers_before_a_full_last_one_are_read(
+    layer_kinds: tuple[LayerKind, ...], tmp_path: Path
+) -> None:
+    architecture = tiny_architecture(
+        window=WINDOW,
+        head=Head.SEQUENCE_CLASSIFICATION,
+        layer_kinds=layer_kinds,
+        num_hidden_layers=len(layer_kinds),
+    )
+    folder = write_checkpoint(tmp_path, architecture)
+    lengths, wanted = [150, 97, 2], [{149}, {0, 96}, {1}]
+    for width in (120, 2):
+        whole, selective = (
+            read(open_runtime(folder, context_length=CONTEXT, is_selective=each), lengths, width, wanted)
+            for each in (False, True)
+        )
+        for expected, values in zip(whole, selective, strict=True):
+            assert not expected.size or relative_error(values, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("context", [2, 3, 257, 258, 513])
+def test_a_text_may_fill_the_context_to_its_end(context: int, tmp_path: Path) -> None:
+    """Where its last piece is shorter than there are parts, padding lies behind the context."""
+    architecture = tiny_architecture(window=WINDOW, head=Head.SEQUENCE_CLASSIFICATION)
+    folder = write_checkpoint(tmp_path, architecture)
+    texts = [[max(1, each) for each in random_ids(architecture, length)] for length in (context, context - 1)]
+    exact, roomy = (LLM(folder, dtype="float32", max_context=context + more) for more in (0, 100))
+    with exact, roomy:
+        for ours, expected in zip(exact.classify(texts), roomy.classify(texts), strict=True):
+            assert ours.probabilities == pytest.approx(expected.probabilities, abs=1e-6)
 
 
 def test_the_last_layer_has_no_attention_over_all_tokens() -> None:

@@ -575,6 +575,24 @@ def test_a_draft_model_reads_a_chunk_of_a_long_text_in_each_step(bench: Bench) -
     bench.assert_as_expected(group)
 
 
+def test_a_draft_model_that_reads_is_asked_in_every_step(bench: Bench) -> None:
+    """That it has no drafts yet does not mean that there are none."""
+    params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
+    group = bench.group(ids(300), params)
+    drafter = bench.draft_model(chunk_size=5)
+    scheduler, _ = bench.open(drafter, adaptive=True)
+    scheduler.submit(group)
+    read: list[int] = []
+    while not counts(scheduler)[0]:
+        scheduler.step()
+        if group[0] in drafter._followers:
+            read.append(drafter._followers[group[0]].slot.length)
+    assert len(read) > 60
+    assert np.count_nonzero(np.diff(read[:60]) != 5) <= 1  # a plain step, now and then
+    run(scheduler)
+    bench.assert_as_expected(group)
+
+
 def test_a_draft_model_with_a_shorter_context_stops_drafting_at_its_end(bench: Bench) -> None:
     runtime = open_runtime(bench.folder, num_slots=1, context_length=100)
     params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
@@ -711,11 +729,14 @@ def test_a_new_request_pauses_for_longer_where_others_had_no_luck() -> None:
     tried = [sum(map(bool, simulate(DraftLength(8, general), known, lambda _: False, 250))) for _ in range(9)]
     assert tried[0] > 5
     assert all(1 <= count <= 4 for count in tried[2:])
+    # Short ones neither forget nor cut short what longer ones have learned.
+    tried = [sum(map(bool, simulate(DraftLength(8, general), known, lambda _: False, 60))) for _ in range(9)]
+    assert max(tried) <= 2
     # Drafts that become right later in a text are found nevertheless, and then pauses are short again.
     length = DraftLength(8, general)
     simulate(length, known, lambda _: False, 100)
     assert 8 in simulate(length, known, lambda _: True, 200)
-    assert general.last_pause == 0
+    assert general.longest_pause == 0
 
 
 def test_a_probe_waits_for_something_to_draft() -> None:

@@ -51,7 +51,8 @@ class Piece:
     """The next tokens of B texts that are read together, and what is wanted of them.
 
     Attributes:
-        layers: their keys and values so far, of B rows; extended in place.
+        layers: their keys and values so far, of B rows; extended in place. Full layers have room for
+            `NUM_SPARE_PLACES` positions more than the texts need.
         token_ids: the new tokens of each, at least one.
         num_past: how many tokens of each `layers` holds already.
         logit_positions: (M,) row * S + place, S being the most new tokens of a row.
@@ -216,6 +217,8 @@ class PartedCall(Call):
         lengths, starts = self._part_lengths[:, None], self._part_starts[:, None]
         counts, ends = self._counts[:, :num_rows], self._ends[:, :num_rows]
         np.clip(self.query_lengths[:num_rows] - starts, 0, lengths, out=counts, casting="unsafe")
+        # Rows without tokens in a part are said to end at their first: the kernel writes nothing for them,
+        # and behind their true ends there may be no place for the part's padding.
         ends[:] = np.where(counts, np.asarray(num_past) + starts + counts - 1, 0)
         np.maximum(ends.max(axis=1) + 1, self._part_lengths, out=self._longest, casting="unsafe")
 
@@ -262,10 +265,9 @@ class SelectiveCall(PartedCall):
         )
         self._last = last
         self._num_past = np.asarray(piece.num_past, np.int64)
-        wanted = [
-            place // longest * width + place % longest
-            for place in (*piece.logit_positions, *piece.state_positions)
-        ]
+        wanted = np.array([*piece.logit_positions, *piece.state_positions], np.int64)
+        if width > longest:
+            wanted += wanted // longest * (width - longest)
         selection = Selection(wanted, shape, self._num_past, num_positions=num_positions)
         past = past_of(last, selection.num_past)
         new_shape = (num_rows, last[0].shape[1], width, last[0].shape[3])

@@ -33,7 +33,7 @@ _PROBE_LENGTH: Final = 2
 # After so many steps with nothing to draft, only every so many-th looks, until a draft was right.
 _MANY_MISSES: Final = 16
 _LOOKS_EVERY: Final = 4
-# Steps for which a choice holds while nothing is learned: costs change slowly, and to choose costs some, too.
+# Looks for which a choice holds while nothing is learned: costs change slowly, and to choose costs some, too.
 _HOLDS_FOR: Final = 64
 
 
@@ -113,8 +113,8 @@ class Pauses:
     [16, 32, 40]
 
     Args:
-        longest: steps that no pause exceeds.
-        first: steps of the first one, if that is more than usual.
+        longest: steps of the longest one.
+        first: steps of the first one, if that is more than usual; at most `longest`.
     """
 
     def __init__(self, longest: int, *, first: int = 0) -> None:
@@ -137,14 +137,14 @@ class Experience:
     Attributes:
         luck: of their drafts.
         pauses: where drafts cost too much for any of them.
-        last_pause: of a request whose drafts were not right often enough; 0 since drafts paid.
-        num_misses: steps with nothing to draft since a draft was right, of the request that learned last.
+        longest_pause: of requests whose drafts were not right often enough; 0 since drafts paid.
+        num_misses: steps with nothing to draft since a draft was right, of the request that missed last.
     """
 
     def __init__(self) -> None:
         self.luck = Luck()
         self.pauses = Pauses(_LONGEST_PAUSE_OF_ALL)
-        self.last_pause = 0
+        self.longest_pause = 0
         self.num_misses = 0
 
 
@@ -159,7 +159,7 @@ class DraftLength:
     def __init__(self, longest: int, general: Experience) -> None:
         self._longest = longest
         self._general = general
-        self._pauses = Pauses(_LONGEST_PAUSE, first=general.last_pause // 4)
+        self._pauses = Pauses(_LONGEST_PAUSE, first=general.longest_pause // 4)
         self._pause = 0
         self._num_paying = 0
         self._num_misses = general.num_misses
@@ -195,7 +195,7 @@ class DraftLength:
             if not (may_pay and self._is_probing):
                 self._pause = (self._pauses if may_pay else self._general.pauses).next()
                 if may_pay:
-                    self._general.last_pause = self._pause
+                    self._general.longest_pause = max(self._general.longest_pause, self._pause)
                 self._num_paying = 0
                 self._start_anew()
                 return 0
@@ -232,6 +232,6 @@ class DraftLength:
             if self._num_paying == _FIRST_PAUSE:
                 self._pauses.reset()
                 self._general.pauses.reset()
-                self._general.last_pause = 0
+                self._general.longest_pause = 0
         for luck in (self._own, self._general.luck):
             luck.learn(num_accepted=num_accepted, was_rejected=was_rejected)

@@ -52,8 +52,8 @@ class DraftModel:
         self._chunk_size = chunk_size
         self._followers: dict[Request, _Follower] = {}
 
-    def draft(self, request: Request, count: int) -> list[int]:
-        """At most `count` tokens that may follow; none while it has not read all that stands before them."""
+    def draft(self, request: Request, count: int) -> list[int] | None:
+        """At most `count` tokens that may follow; None while it has not read all that stands before them."""
         num_known = len(request.prompt_ids) + len(request.token_ids)
         follower = self._followers.get(request)
         if num_known > self._cache.capacity or (follower is None and not self._cache.num_free):
@@ -63,7 +63,7 @@ class DraftModel:
         self._take_back(follower, request)
         token_id = self._read_on(follower, request)
         if token_id is None:
-            return []
+            return None
         # Its last draft is not fed. Those that are must be such that all of them can be taken back.
         most = min(count, 1 + self._cache.num_reversible(num_known))
         drafts = [token_id]

@@ -26,6 +26,8 @@ Int64 = NDArray[np.int64]
 # the scores of all tokens of a call with all keys of the ring and of the call, seen or not: these are fewer.
 # (Full layers see what came before in any case; there more calls cost more than they save.)
 NUM_PARTS: Final = 3
+# None is without a token, so a piece of fewer gets padding: so many further places behind the last of a text.
+NUM_SPARE_PLACES: Final = NUM_PARTS - 1
 # Pieces of at most so many tokens gain nothing by it.
 _WHOLE_TOKENS: Final = 96
 
@@ -68,7 +70,7 @@ class Selection:
     """
 
     def __init__(
-        self, wanted: Sequence[int], shape: tuple[int, int], num_past: Int64, *, num_positions: int
+        self, wanted: Sequence[int] | Int64, shape: tuple[int, int], num_past: Int64, *, num_positions: int
     ) -> None:
         num_rows, longest = shape
         tokens = np.asarray(wanted, np.int64)

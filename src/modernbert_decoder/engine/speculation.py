@@ -96,8 +96,8 @@ class Speculation:
 class Drafter(Protocol):
     """Guesses how requests go on, and keeps what it needs for that of each."""
 
-    def draft(self, request: Request, count: int) -> list[int]:
-        """At most `count` tokens that may follow, or none."""
+    def draft(self, request: Request, count: int) -> list[int] | None:
+        """At most `count` tokens that may follow, or none; None if it is not ready to say."""
 
     def forget(self, request: Request) -> None:
         """Drops what is kept of a request that has ended, if anything is."""
@@ -223,7 +223,7 @@ class Speculator:
             row.token_ids = (*row.token_ids, *drafts)
             row.num_logits = len(row.token_ids)
             self._num_in_step += len(drafts)
-        elif request in self._lengths:
+        elif drafts is not None and request in self._lengths:
             self._lengths[request].miss()
 
     def _wanted(self, request: Request) -> int:
