@@ -19,7 +19,7 @@ from modernbert_decoder.engine.calls import Piece
 from modernbert_decoder.engine.graph import build_graph
 from modernbert_decoder.engine.reading_cache import ReadingCache
 from modernbert_decoder.engine.runtime import Runtime
-from modernbert_decoder.engine.selective import NUM_PARTS, Selection, is_worthwhile
+from modernbert_decoder.engine.selective import Selection, is_worthwhile
 from modernbert_decoder.engine.weights import load_weights
 from modernbert_decoder.quantization import QuantizationScheme
 
@@ -101,7 +101,7 @@ def test_what_is_computed_of_padding_reaches_no_token(
 
     monkeypatch.setattr("checkpoints.load_weights", poisoned)
     runtime = open_runtime(folder, context_length=CONTEXT, is_selective=True)
-    # In whole pieces and in three parts; the last one finds what the others have left in memory.
+    # The last one finds what the others have left in memory.
     for width in (25, 160, 120, 25):
         found = read(runtime, lengths, width, wanted, first_id=1)
         assert all(np.isfinite(values).all() for values in found), width
@@ -182,7 +182,7 @@ def test_models_of_any_layers_before_a_full_last_one_are_read(
 
 @pytest.mark.parametrize("context", [2, 3, 257, 258, 513])
 def test_a_text_may_fill_the_context_to_its_end(context: int, tmp_path: Path) -> None:
-    """Where its last piece is shorter than there are parts, padding lies behind the context."""
+    """Also where its last piece is a single token, beside a shorter one."""
     architecture = tiny_architecture(window=WINDOW, head=Head.SEQUENCE_CLASSIFICATION)
     folder = write_checkpoint(tmp_path, architecture)
     texts = [[max(1, each) for each in random_ids(architecture, length)] for length in (context, context - 1)]
@@ -204,4 +204,4 @@ def test_the_last_layer_has_no_attention_over_all_tokens() -> None:
         )
         for chosen in (False, True)
     ]
-    assert counts == [4, 1 + 2 * NUM_PARTS]
+    assert counts == [4, 3]

@@ -17,14 +17,7 @@ import onnxruntime
 from numpy.typing import ArrayLike, NDArray
 
 from modernbert_decoder.engine.kv_cache import Float32, Layers, Slot
-from modernbert_decoder.engine.selective import (
-    NUM_PARTS,
-    ScratchPair,
-    Selection,
-    append,
-    lengths_of_parts,
-    past_of,
-)
+from modernbert_decoder.engine.selective import ScratchPair, Selection, append, past_of
 from modernbert_decoder.engine.session import shared_value
 
 
@@ -51,8 +44,7 @@ class Piece:
     """The next tokens of B texts that are read together, and what is wanted of them.
 
     Attributes:
-        layers: their keys and values so far, of B rows; extended in place. Full layers have room for
-            `NUM_SPARE_PLACES` positions more than the texts need.
+        layers: their keys and values so far, of B rows; extended in place.
         token_ids: the new tokens of each, at least one.
         num_past: how many tokens of each `layers` holds already.
         logit_positions: (M,) row * S + place, S being the most new tokens of a row.
@@ -125,15 +117,15 @@ class Call:
             for name, array in zip(("key", "value"), layer, strict=True):
                 value = shared_value(array)
                 self.binding.bind_ortvalue_input(f"past_{name}.{index}", value)
-                for place in self._places_of_outputs(index):
+                for place in self._places_of_outputs():
                     self.binding.bind_ortvalue_output(f"present_{name}.{index}{place}", value)
 
     def _lengths(self) -> dict[str, NDArray[Any]]:
         """The inputs that say how long the texts are, and how many of their tokens are new."""
         return {name: getattr(self, name) for name in ("last_positions", "longest", "query_lengths")}
 
-    def _places_of_outputs(self, layer: int) -> Sequence[str]:
-        """What the names of a layer's outputs with keys and values end in."""
+    def _places_of_outputs(self) -> Sequence[str]:
+        """What the names of outputs with keys and values end in."""
         return ("",)
 
     def _positions(self) -> dict[str, NDArray[Any]]:
@@ -182,61 +174,7 @@ class Call:
         ends -= 1
 
 
-class PartedCall(Call):
-    """A call in which attention of some layers takes the tokens of each row in parts, one after another.
-
-    Args:
-        part_lengths: tokens of each part, from the first of a row on.
-        is_parted: whether a layer does; None: all do.
-    """
-
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        layers: Layers,
-        *,
-        part_lengths: NDArray[np.int64],
-        is_parted: Sequence[bool] | None = None,
-        shape: tuple[int, int],
-        logits: Float32 | None,
-        states: Float32,
-        num_rows: int | None = None,
-    ) -> None:
-        self._part_lengths = part_lengths
-        self._is_parted = is_parted
-        self._part_starts = np.cumsum(part_lengths) - part_lengths
-        # By part and row: the place of the last token, and how many there are.
-        self._ends = np.zeros((len(part_lengths), shape[0]), np.int32)
-        self._counts = np.zeros((len(part_lengths), shape[0]), np.int32)
-        self._longest = np.ones(len(part_lengths), np.int32)
-        super().__init__(session, layers, shape=shape, logits=logits, states=states, num_rows=num_rows)
-
-    def _fill(self, token_ids: Sequence[Sequence[int]], num_past: ArrayLike) -> None:
-        super()._fill(token_ids, num_past)
-        num_rows = len(token_ids)
-        lengths, starts = self._part_lengths[:, None], self._part_starts[:, None]
-        counts, ends = self._counts[:, :num_rows], self._ends[:, :num_rows]
-        np.clip(self.query_lengths[:num_rows] - starts, 0, lengths, out=counts, casting="unsafe")
-        # Rows without tokens in a part are said to end at their first: the kernel writes nothing for them,
-        # and behind their true ends there may be no place for the part's padding.
-        ends[:] = np.where(counts, np.asarray(num_past) + starts + counts - 1, 0)
-        np.maximum(ends.max(axis=1) + 1, self._part_lengths, out=self._longest, casting="unsafe")
-
-    def _lengths(self) -> dict[str, NDArray[Any]]:
-        lengths: dict[str, NDArray[Any]] = {}
-        for j in range(len(self._longest)):
-            lengths[f"last_positions.{j}"] = self._ends[j]
-            lengths[f"longest.{j}"] = self._longest[j : j + 1].reshape(())
-            lengths[f"query_lengths.{j}"] = self._counts[j]
-        return lengths
-
-    def _places_of_outputs(self, layer: int) -> Sequence[str]:
-        if self._is_parted is not None and not self._is_parted[layer]:
-            return super()._places_of_outputs(layer)
-        return [f".{j}" for j in range(len(self._longest))]
-
-
-class SelectiveCall(PartedCall):
+class SelectiveCall(Call):
     """A piece for a selective graph: bindings, filled, of its own inputs as well."""
 
     def __init__(
@@ -245,32 +183,19 @@ class SelectiveCall(PartedCall):
         piece: Piece,
         *,
         new: ScratchPair,
-        is_sliding: Sequence[bool],
         num_positions: int,
         logits: Float32 | None,
         states: Float32,
     ) -> None:
         *layers, last = piece.layers
-        num_rows, longest = piece.shape
-        width = max(longest, NUM_PARTS)  # for a token in each part
-        shape = (num_rows, width)
-        super().__init__(
-            session,
-            layers,
-            part_lengths=lengths_of_parts(width),
-            is_parted=is_sliding,
-            shape=shape,
-            logits=logits,
-            states=states,
-        )
+        super().__init__(session, layers, shape=piece.shape, logits=logits, states=states)
         self._last = last
         self._num_past = np.asarray(piece.num_past, np.int64)
-        wanted = np.array([*piece.logit_positions, *piece.state_positions], np.int64)
-        if width > longest:
-            wanted += wanted // longest * (width - longest)
-        selection = Selection(wanted, shape, self._num_past, num_positions=num_positions)
+        wanted = [*piece.logit_positions, *piece.state_positions]
+        selection = Selection(wanted, piece.shape, self._num_past, num_positions=num_positions)
         past = past_of(last, selection.num_past)
-        new_shape = (num_rows, last[0].shape[1], width, last[0].shape[3])
+        num_rows, longest = piece.shape
+        new_shape = (num_rows, last[0].shape[1], longest, last[0].shape[3])
         self._new = new.pair(new_shape)
         index = len(layers)
         inputs = {
@@ -278,7 +203,7 @@ class SelectiveCall(PartedCall):
             "positions": selection.positions,
             "selected_positions": selection.selected_positions,
             "visible": selection.visible(),
-            "num_keys": np.array([selection.num_past, width]),
+            "num_keys": np.array([selection.num_past, longest]),
             "is_token": selection.is_token([len(ids) for ids in piece.token_ids]),
             f"past_key.{index}": past[0],
             f"past_value.{index}": past[1],
@@ -292,9 +217,6 @@ class SelectiveCall(PartedCall):
         self.state_positions[:] = selection.found[num_logits:]
         if logits is not None:
             self.logit_positions[:] = selection.found[:num_logits]
-
-    def _lengths(self) -> dict[str, NDArray[Any]]:
-        return {**Call._lengths(self), **super()._lengths(), "part_lengths": self._part_lengths}
 
     def _positions(self) -> dict[str, NDArray[Any]]:
         return {"logit_positions": self.logit_positions, "state_positions": self.state_positions}
@@ -311,8 +233,8 @@ class Stepwise(NamedTuple):
     num_steps: int
 
 
-class StepwiseCall(PartedCall):
-    """Several tokens per row for a stepwise graph, each of which is a part."""
+class StepwiseCall(Call):
+    """Several tokens per row for a stepwise graph, which has lengths for each place in a row."""
 
     def __init__(
         self,
@@ -325,20 +247,33 @@ class StepwiseCall(PartedCall):
         states: Float32,
         num_rows: int,
     ) -> None:
-        width = shape[1]
+        num_places, width = shape
         assert width <= num_steps, (width, num_steps)
+        # By place and row: where the token is in its text, and whether there is one.
+        self._ends = np.zeros((num_steps, num_places), np.int32)
+        self._counts = np.zeros((num_steps, num_places), np.int32)
+        self._longest = np.ones(num_steps, np.int32)
         self._token_places = np.arange(width)
-        self._part_tokens = np.zeros(num_steps, np.int64)
-        self._part_tokens[:width] = self._token_places
-        super().__init__(
-            session,
-            layers,
-            part_lengths=np.ones(num_steps, np.int64),
-            shape=shape,
-            logits=logits,
-            states=states,
-            num_rows=num_rows,
-        )
+        self._tokens = np.zeros(num_steps, np.int64)
+        self._tokens[:width] = self._token_places
+        super().__init__(session, layers, shape=shape, logits=logits, states=states, num_rows=num_rows)
+
+    def fill_rows(self, rows: Sequence[Row]) -> None:
+        """Writes tokens, and where each is in its text, into the bound arrays."""
+        super().fill_rows(rows)
+        steps = np.arange(len(self._longest))[:, None]
+        counts, ends = self._counts[:, : len(rows)], self._ends[:, : len(rows)]
+        counts[:] = steps < [len(row.token_ids) for row in rows]
+        ends[:] = (steps + [row.slot.length for row in rows]) * counts
+        self._longest[:] = ends.max(axis=1) + 1
 
     def _lengths(self) -> dict[str, NDArray[Any]]:
-        return {"places": self._part_tokens, "token_places": self._token_places, **super()._lengths()}
+        lengths: dict[str, NDArray[Any]] = {"places": self._tokens, "token_places": self._token_places}
+        for j in range(len(self._longest)):
+            lengths[f"last_positions.{j}"] = self._ends[j]
+            lengths[f"longest.{j}"] = self._longest[j : j + 1].reshape(())
+            lengths[f"query_lengths.{j}"] = self._counts[j]
+        return lengths
+
+    def _places_of_outputs(self) -> Sequence[str]:
+        return [f".{j}" for j in range(len(self._longest))]

@@ -22,7 +22,6 @@ from onnx import TensorProto, helper
 
 from modernbert_decoder.architecture import ACTIVATIONS, Activation, DecoderArchitecture, Head, LayerKind
 from modernbert_decoder.costs import EMBEDDING, VOCABULARY
-from modernbert_decoder.engine.selective import NUM_PARTS
 from modernbert_decoder.engine.weights import EMBEDDING_ROWS, rotary_name
 from modernbert_decoder.errors import ConfigurationError
 from modernbert_decoder.quantization import MatrixFormat, QuantizationScheme, fused_shapes
@@ -67,9 +66,7 @@ def build_graph(
     T + S), 0 where a key is seen and minus infinity elsewhere; `num_keys`, T and S; `is_token` (B, S, 1)
     bool, false for padding. `past_key.i` and `past_value.i` of the last layer hold T positions, its
     `present_key.i` and `present_value.i` those of the new tokens alone, for the caller to put behind the
-    others. The weights are those of `selective.divided_projection`. Attention of sliding layers takes the
-    tokens in `NUM_PARTS` parts, one after another, of `part_lengths` tokens each, at least one. The inputs
-    and outputs of a part are named like those of a place in a stepwise graph.
+    others. The weights are those of `selective.divided_projection`.
 
     In a stepwise graph attention takes the tokens of a row one after another, so that its sums are those of
     so many calls of one token each, while all else is computed for all tokens together. Of up to
@@ -96,10 +93,8 @@ def build_graph(
             f"num_attention_heads {architecture.num_attention_heads}); the engine needs a multiple of 16"
         )
     assert not (is_selective and num_stepwise), "what selects tokens verifies none"
-    graph = _GraphBuilder(
-        architecture, scheme, num_positions, activation_levels, num_stepwise, is_selective=is_selective
-    )
-    graph.build()
+    graph = _GraphBuilder(architecture, scheme, num_positions, activation_levels, num_stepwise)
+    graph.build(is_selective=is_selective)
     return graph.serialized()
 
 
@@ -113,28 +108,26 @@ class _GraphBuilder:
         num_positions: int,
         activation_levels: int,
         num_stepwise: int = 0,
-        is_selective: bool = False,
     ) -> None:
         self.architecture = architecture
         self.scheme = scheme
         self.num_positions = num_positions
         self.activation_levels = activation_levels
         self.num_stepwise = num_stepwise
-        self.is_selective = is_selective
         self.shapes = fused_shapes(architecture)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
 
-    def build(self) -> None:
+    def build(self, *, is_selective: bool = False) -> None:
         """Walks through the model once, from ids to states and logits."""
         self._declare_inputs()
         x = self.embeddings()
         num_layers = self.architecture.num_hidden_layers
         for index in range(num_layers - 1):
             x = self.layer(index, x)
-        if self.is_selective:
+        if is_selective:
             x = self.selective_layer(num_layers - 1, x)
             x = self.op("Reshape", [x, self.constant("token_rows", [-1, self.architecture.hidden_size])])
         else:
@@ -193,26 +186,19 @@ class _GraphBuilder:
         capacity = "R" if kind is LayerKind.SLIDING else "P"
         past = [f"past_key.{index}", f"past_value.{index}"]
         self.inputs += [_value(tensor, TensorProto.FLOAT, self._cache_shape(capacity)) for tensor in past]
-        if not self.num_stepwise and not (self.is_selective and kind is LayerKind.SLIDING):
+        if not self.num_stepwise:
             present = [f"present_key.{index}", f"present_value.{index}"]
             return self.cached_attention(index, qkv, past, present, f"{name}.output")
-        num_parts = self.num_stepwise or NUM_PARTS
-        parts = [f"{name}.qkv.{j}" for j in range(num_parts)]
-        if self.num_stepwise:
-            in_places = self.op("Gather", [qkv, "places"], axis=1)
-            self.multi_op("Split", [in_places], outputs=parts, axis=1, num_outputs=num_parts)
-        else:
-            self.multi_op("Split", [qkv, "part_lengths"], outputs=parts, axis=1)
+        parts = [f"{name}.qkv.{j}" for j in range(self.num_stepwise)]
+        in_places = self.op("Gather", [qkv, "places"], axis=1)
+        self.multi_op("Split", [in_places], outputs=parts, axis=1, num_outputs=len(parts))
         outputs = []
         for j, part in enumerate(parts):
             present = [f"present_key.{index}.{j}", f"present_value.{index}.{j}"]
             output = f"{name}.output.{j}"
             outputs.append(self.cached_attention(index, part, past, present, output, place=f".{j}"))
-            past = present  # so that no part is computed before the one before it
-        whole = self.op("Concat", outputs, axis=1)
-        if self.num_stepwise:
-            return self.op("Gather", [whole, "token_places"], axis=1)
-        return whole
+            past = present  # so that no place is computed before the one before it
+        return self.op("Gather", [self.op("Concat", outputs, axis=1), "token_places"], axis=1)
 
     def cached_attention(
         self,
@@ -490,15 +476,12 @@ class _GraphBuilder:
             _value("input_ids", TensorProto.INT64, ["B", "S"]),
             _value("state_positions", TensorProto.INT64, ["N"]),
         ]
-        num_parts = self.num_stepwise or (NUM_PARTS if self.is_selective else 0)
-        for place in [f".{j}" for j in range(num_parts)] + [""] * (not self.num_stepwise):
+        for place in [f".{j}" for j in range(self.num_stepwise)] or [""]:
             self.inputs += [
                 _value(f"last_positions{place}", TensorProto.INT32, ["B"]),
                 _value(f"longest{place}", TensorProto.INT32, []),
                 _value(f"query_lengths{place}", TensorProto.INT32, ["B"]),
             ]
-        if self.is_selective:
-            self.inputs.append(_value("part_lengths", TensorProto.INT64, [NUM_PARTS]))
         if self.num_stepwise:
             self.inputs += [
                 _value("places", TensorProto.INT64, [self.num_stepwise]),

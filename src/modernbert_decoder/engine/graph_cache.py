@@ -19,7 +19,6 @@ from modernbert_decoder.architecture import DecoderArchitecture
 from modernbert_decoder.atomic_files import WritingError, new_file
 from modernbert_decoder.checkpoint import cache_folder
 from modernbert_decoder.engine import weights
-from modernbert_decoder.engine.selective import NUM_PARTS
 from modernbert_decoder.quantization import QuantizationScheme
 
 _DIGEST_BYTES: Final = 32
@@ -54,7 +53,7 @@ def cached_graph(
             num_stepwise=num_stepwise,
         )
 
-    numbers = [num_positions, levels, NUM_PARTS if is_selective else 0, num_stepwise]
+    numbers = [num_positions, levels, int(is_selective), num_stepwise]
     return _cached(_path(architecture, scheme, numbers), build)
 
 

@@ -17,7 +17,7 @@ from modernbert_decoder.engine.calls import Stepwise
 from modernbert_decoder.engine.graph_cache import cached_graph
 from modernbert_decoder.engine.prompts import checked_integer, is_integer
 from modernbert_decoder.engine.runtime import PromptModel, Runtime
-from modernbert_decoder.engine.selective import NUM_SPARE_PLACES, divided_projection, is_worthwhile
+from modernbert_decoder.engine.selective import divided_projection, is_worthwhile
 from modernbert_decoder.engine.session import CPU_PROVIDER
 from modernbert_decoder.engine.weights import load_weights, rotary_tables
 from modernbert_decoder.errors import InputError
@@ -106,11 +106,9 @@ def open_runtime(
     """
     architecture = checkpoint.architecture
     is_selective = is_worthwhile(architecture)
-    # Padding behind a text that fills the context has places, too.
-    num_positions = context_length + NUM_SPARE_PLACES if is_selective else context_length
-    build = partial(cached_graph, architecture, num_positions=num_positions)
+    build = partial(cached_graph, architecture, num_positions=context_length)
     graph = build(scheme, is_selective=is_selective)
-    tables = rotary_tables(architecture, num_positions)
+    tables = rotary_tables(architecture, context_length)
     weights = load_weights(checkpoint, scheme, threads=threads)
     if is_selective:
         weights = divided_projection(weights, architecture, scheme)

@@ -36,6 +36,9 @@ _BYTES_PER_TOKEN: Final = 4
 _PIECE_TOKENS: Final = 256
 # Where several long texts share a call, their pieces may be as short as this.
 _SHARED_PIECE_TOKENS: Final = 128
+# A cache holds at least so many positions: four texts of 2,048 tokens then share calls, in such pieces. They
+# take memory when they are written.
+_LEAST_POSITIONS: Final = 8192
 # A batch is cut where padding would exceed this share of its tokens and what a call of its own costs.
 _MAX_PADDING: Final = 0.1
 _CALL_TOKENS: Final = 24
@@ -297,7 +300,7 @@ class Reader:
         """Memory for one batch, taken as it is written."""
         return ReadingCache(
             self.runtime.architecture,
-            num_positions=max(self.context_length, self.max_batch_tokens),
+            num_positions=max(self.context_length, self.max_batch_tokens, _LEAST_POSITIONS),
             max_rows=max(1, self.max_batch_tokens // _TOKENS_PER_RING),
         )
 

@@ -12,16 +12,13 @@ from __future__ import annotations
 from modernbert_decoder.architecture import DecoderArchitecture, LayerKind
 from modernbert_decoder.engine.kv_cache import Float32, Layers, SlotBuffer
 from modernbert_decoder.engine.rings import ring_capacity, ring_length
-from modernbert_decoder.engine.selective import NUM_SPARE_PLACES
 
 
 class ReadingCache:
     """Pools of `num_positions` per full layer and of `max_rows` rings per sliding one.
 
-    Behind the longest text of a batch there are `NUM_SPARE_PLACES` further positions, for padding.
-
     Attributes:
-        peak_positions: most positions of a full layer that texts were ever given.
+        peak_positions: most positions of a full layer that were ever in use.
 
     Raises:
         InputError: the system does not give that much memory.
@@ -35,7 +32,7 @@ class ReadingCache:
         self._ring_capacity = ring_capacity(architecture)
         values_per_position = architecture.num_attention_heads * architecture.head_dim
         sizes = {
-            LayerKind.FULL: (num_positions + max_rows * NUM_SPARE_PLACES) * values_per_position,
+            LayerKind.FULL: num_positions * values_per_position,
             LayerKind.SLIDING: max_rows * self._ring_capacity * values_per_position,
         }
         total_bytes = 2 * 4 * sum(sizes[kind] for kind in architecture.layer_kinds)
@@ -49,7 +46,6 @@ class ReadingCache:
         assert num_rows <= self.max_rows, (num_rows, self.max_rows)
         assert num_rows * capacity <= self.num_positions, (num_rows, capacity, self.num_positions)
         self.peak_positions = max(self.peak_positions, num_rows * capacity)
-        capacity += NUM_SPARE_PLACES
         heads, width = self._architecture.num_attention_heads, self._architecture.head_dim
         layers: list[tuple[Float32, Float32]] = []
         for kind, (keys, values) in zip(self._architecture.layer_kinds, self._pools, strict=True):

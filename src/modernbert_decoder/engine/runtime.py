@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from modernbert_decoder.architecture import DecoderArchitecture, Head, LayerKind
+from modernbert_decoder.architecture import DecoderArchitecture, Head
 from modernbert_decoder.engine.batch_invariance import CallShape, Pairs, pieces
 from modernbert_decoder.engine.calls import Call, Piece, Row, SelectiveCall, Stepwise, StepwiseCall
 from modernbert_decoder.engine.kv_cache import Float32, KVCache, Layers, SlotBuffer
@@ -110,7 +110,6 @@ class Runtime:
         self._is_selective = is_selective
         self._num_positions = context_length
         self._scratch = ScratchPair()
-        self._is_sliding = [kind is LayerKind.SLIDING for kind in architecture.layer_kinds]
         self.cache = KVCache(architecture, num_slots=num_slots, capacity=context_length)
         self.network_seconds = 0.0
         self.num_calls = 0
@@ -193,7 +192,6 @@ class Runtime:
                 self._session,
                 piece,
                 new=self._scratch,
-                is_sliding=self._is_sliding,
                 num_positions=self._num_positions,
                 logits=bound_logits,
                 states=states,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,28 +22,6 @@ from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.quantization import QuantizationScheme
 
 Int64 = NDArray[np.int64]
-# Sliding layers of a selective graph take new tokens in so many parts, one after another. Attention computes
-# the scores of all tokens of a call with all keys of the ring and of the call, seen or not: these are fewer.
-# (Full layers see what came before in any case; there more calls cost more than they save.)
-NUM_PARTS: Final = 3
-# None is without a token, so a piece of fewer gets padding: so many further places behind the last of a text.
-NUM_SPARE_PLACES: Final = NUM_PARTS - 1
-# Pieces of at most so many tokens gain nothing by it.
-_WHOLE_TOKENS: Final = 96
-
-
-def lengths_of_parts(width: int) -> Int64:
-    """How many of a piece's tokens each part takes.
-
-    There is no part without a token: a short piece is whole but for one token in each further part.
-
-    >>> lengths_of_parts(170).tolist(), lengths_of_parts(40).tolist()
-    ([56, 57, 57], [38, 1, 1])
-    """
-    assert width >= NUM_PARTS, width
-    if width > _WHOLE_TOKENS:
-        return np.diff(np.arange(NUM_PARTS + 1) * width // NUM_PARTS)
-    return np.array([width - NUM_PARTS + 1] + [1] * (NUM_PARTS - 1))
 
 
 def is_worthwhile(architecture: DecoderArchitecture) -> bool:
@@ -70,7 +48,7 @@ class Selection:
     """
 
     def __init__(
-        self, wanted: Sequence[int] | Int64, shape: tuple[int, int], num_past: Int64, *, num_positions: int
+        self, wanted: Sequence[int], shape: tuple[int, int], num_past: Int64, *, num_positions: int
     ) -> None:
         num_rows, longest = shape
         tokens = np.asarray(wanted, np.int64)
