@@ -31,10 +31,10 @@ from modernbert_decoder import LLM, SamplingParams
 from modernbert_decoder.engine.speculation import Speculation
 
 STORYTELLER = "storyteller"
-FORMAT = 1
+FORMAT = 2
 FULL_ROUNDS = 15
 _TOKENS = 256
-# In a round: a completion of the bundled model takes less than a tenth of a second, too little to time.
+# In a round: a completion of the bundled model takes a tenth of a second or less, too little to time.
 _COMPLETIONS = {STORYTELLER: 10}
 _PROMPT_TOKENS = 64
 _LIST = "The ship carried apples, pears and plums. The ship carried apples, pears and plums. The ship carried"

@@ -32,7 +32,7 @@ from benchmarks.serving.pairs import Pair
 from benchmarks.serving.report import CLIENTS, FORMAT, SIZES, Line, ServingResults, is_complete, page
 from benchmarks.serving.servers import LLAMA, OURS, Setup
 from benchmarks.serving.soak import Soak, soak
-from benchmarks.serving.speculation import CASES, SpeculationResults, SpeculationRow
+from benchmarks.serving.speculation import CASES, FULL_ROUNDS, SpeculationResults, SpeculationRow
 from benchmarks.summary import Spread
 from servers import RunningServer, connect, running
 
@@ -224,9 +224,16 @@ def test_a_run_of_all_cases_of_speculation_is_published(
     text = published.read_text(encoding="utf-8")
     assert "partial" not in text
     for case in CASES:
-        assert f"| {case.name} | {case.model} int8 | 9 | 1,234 of 2,000 | 100 | 250 | 2.50 " in text
+        begin = f"| {case.name} | {case.model} int8 | {FULL_ROUNDS} |"
+        assert f"{begin} 1,234 of 2,000 | 100 | 250 | 2.50 " in text
     (path,) = (tmp_path / "benchmarks" / "results").iterdir()
     assert isinstance(speculation.PUBLICATION.read(path), SpeculationResults)
+
+
+def test_the_published_page_of_speculation_is_made_from_the_newest_results_alone() -> None:
+    newest = max((REPOSITORY / "benchmarks" / "results").glob("*-speculation.json"))
+    published = (REPOSITORY / "docs" / "speculation-benchmarks.md").read_text(encoding="utf-8")
+    assert speculation.page(speculation.PUBLICATION.read(newest)) == published
 
 
 # the soak
