@@ -191,6 +191,7 @@ class SelectiveCall(Call):
         super().__init__(session, layers, shape=piece.shape, logits=logits, states=states)
         self._last = last
         self._num_past = np.asarray(piece.num_past, np.int64)
+        self._fill(piece.token_ids, self._num_past)
         wanted = [*piece.logit_positions, *piece.state_positions]
         selection = Selection(wanted, piece.shape, self._num_past, num_positions=num_positions)
         past = past_of(last, selection.num_past)
@@ -204,7 +205,7 @@ class SelectiveCall(Call):
             "selected_positions": selection.selected_positions,
             "visible": selection.visible(),
             "num_keys": np.array([selection.num_past, longest]),
-            "is_token": selection.is_token([len(ids) for ids in piece.token_ids]),
+            "is_token": selection.is_token(self.query_lengths),
             f"past_key.{index}": past[0],
             f"past_value.{index}": past[1],
         }
@@ -212,7 +213,6 @@ class SelectiveCall(Call):
             self.binding.bind_ortvalue_input(name, shared_value(array))
         for name, array in zip(("key", "value"), self._new, strict=True):
             self.binding.bind_ortvalue_output(f"present_{name}.{index}", shared_value(array))
-        self._fill(piece.token_ids, self._num_past)
         num_logits = len(piece.logit_positions)
         self.state_positions[:] = selection.found[num_logits:]
         if logits is not None:

@@ -78,9 +78,9 @@ class Selection:
         is_seen = np.concatenate([past, new], axis=2)
         return np.where(is_seen, np.float32(0), np.float32(-np.inf))[:, None]
 
-    def is_token(self, lengths: Sequence[int]) -> NDArray[np.bool_]:
-        """(B, S, 1): whether there is a token, in rows of so many."""
-        return (np.arange(self.positions.shape[1]) < np.array(lengths)[:, None])[..., None]
+    def is_token(self, lengths: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(B, S, 1): whether there is a token, in rows of so many (B,)."""
+        return (np.arange(self.positions.shape[1]) < lengths[:, None])[..., None]
 
 
 def divided_projection(
