@@ -116,6 +116,7 @@ def open_runtime(
     num_slots: int = 2,
     context_length: int = 2048,
     threads: int = 1,
+    is_for_pieces: bool = False,
     is_selective: bool = False,
     pairs: Pairs | None = None,
     num_stepwise: int = 0,
@@ -131,7 +132,7 @@ def open_runtime(
     build = partial(build_graph, architecture, scheme, num_positions=context_length)
     return Runtime(
         architecture,
-        build(is_selective=is_selective),
+        build(is_for_pieces=is_for_pieces, is_selective=is_selective),
         {**weights, **rotary_tables(architecture, context_length)},
         num_slots=num_slots,
         context_length=context_length,

@@ -110,6 +110,18 @@ def test_sliding_layers_and_no_others_have_the_window(full_every: int) -> None:
     assert windows == [33 if kind is LayerKind.SLIDING else -1 for kind in architecture.layer_kinds]
 
 
+@pytest.mark.parametrize("is_for_pieces", [False, True])
+def test_attention_has_sinks_where_texts_come_in_pieces(is_for_pieces: bool) -> None:
+    """And they add nothing to the sums of softmax."""
+    architecture = tiny_architecture(num_attention_heads=4)
+    built = build_graph(architecture, SCHEMES["float32"], num_positions=64, is_for_pieces=is_for_pieces)
+    graph = onnx.load_from_string(built).graph
+    sinks = {node.input[11] for node in graph.node if node.op_type == "GroupQueryAttention"}
+    assert sinks == ({"no_sinks"} if is_for_pieces else {""})
+    values = [onnx.numpy_helper.to_array(each) for each in graph.initializer if each.name in sinks]
+    assert [array.tolist() for array in values] == ([[-np.inf] * 4] if is_for_pieces else [])
+
+
 def upstream(graph: onnx.GraphProto, tensor: str, *, ends: tuple[str, ...]) -> Nodes:
     """The nodes that a tensor is made by, and those of the given types at which the way back ended."""
     producers = {output: node for node in graph.node for output in node.output}

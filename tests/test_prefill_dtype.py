@@ -14,6 +14,8 @@ from modernbert_decoder import LLM, SamplingParams
 from modernbert_decoder.architecture import Head
 from modernbert_decoder.checkpoint import Checkpoint, find_checkpoint
 from modernbert_decoder.cli import main
+from modernbert_decoder.engine import loading
+from modernbert_decoder.engine.graph_cache import cached_graph
 from modernbert_decoder.engine.speculation import Speculation
 from modernbert_decoder.engine.weights import quantize_checkpoint
 from modernbert_decoder.errors import InputError
@@ -29,15 +31,28 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, logprobs=3, ignore_eos=Tru
 DRAWN = SamplingParams(temperature=0.8, seed=4, max_tokens=15, logprobs=1, ignore_eos=True)
 
 
+@pytest.fixture
+def alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs for prompts alone are built like those that write as well, so that nothing but formats differs:
+    they attend to keys in another order, and w8a8 rounds what comes of it to whole levels.
+    """
+
+    def build(*args: Any, is_for_pieces: bool = False, **kwargs: Any) -> bytes:
+        return cached_graph(*args, **kwargs)
+
+    monkeypatch.setattr(loading, "cached_graph", build)
+
+
 @pytest.fixture(scope="module")
 def mixed() -> Iterator[LLM]:
     with LLM("storyteller", dtype="int8", prefill_dtype="w8a8", threads=1, batch_invariant=True) as llm:
         yield llm
 
 
-def test_the_first_token_is_that_of_one_format_and_the_next_follow_from_the_other(mixed: LLM) -> None:
+def test_the_first_token_is_that_of_one_format_and_the_next_follow_from_the_other(alike: None) -> None:
     """w8a8 has the embedding and vocabulary of int8, so that both first steps are one computation."""
     with (
+        LLM("storyteller", dtype="int8", prefill_dtype="w8a8", threads=1, batch_invariant=True) as mixed,
         LLM("storyteller", dtype="w8a8", threads=1, batch_invariant=True) as w8a8,
         LLM("storyteller", dtype="int8", threads=1, batch_invariant=True) as int8,
     ):
@@ -85,7 +100,7 @@ def test_the_same_format_takes_no_second_session(dtype: str) -> None:
         assert llm.generate(PROMPTS[1], GREEDY)[0].outputs == given
 
 
-def test_the_vocabulary_is_that_of_dtype() -> None:
+def test_the_vocabulary_is_that_of_dtype(alike: None) -> None:
     with (
         LLM("storyteller", dtype="int8", vocabulary_dtype="int4", prefill_dtype="w8a8", threads=1) as mixed,
         LLM("storyteller", dtype="w8a8", vocabulary_dtype="int4", threads=1) as w8a8,
@@ -172,3 +187,31 @@ def test_calls_that_are_kept_are_those_of_their_own_kind() -> None:
             scheduler.is_batch_invariant = False
         assert llm._speculator is not None
         assert llm._speculator.num_drafted > 10
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "expected"),
+    [
+        (Head.CAUSAL_LM, {}, [False]),
+        (Head.CAUSAL_LM, {"prefill_dtype": "int8"}, [False, True]),
+        (Head.SEQUENCE_CLASSIFICATION, {}, [True]),
+        (Head.NONE, {}, [True]),
+    ],
+)
+def test_what_writes_no_tokens_has_a_graph_for_pieces(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    head: Head,
+    options: dict[str, Any],
+    expected: list[bool],
+) -> None:
+    built: list[bool] = []
+
+    def build(*args: Any, is_for_pieces: bool = False, **kwargs: Any) -> bytes:
+        built.append(is_for_pieces)
+        return cached_graph(*args, is_for_pieces=is_for_pieces, **kwargs)
+
+    monkeypatch.setattr(loading, "cached_graph", build)
+    write_checkpoint(tmp_path, tiny_architecture(head=head))
+    LLM(tmp_path, dtype="float32", threads=1, **options).close()
+    assert built == expected

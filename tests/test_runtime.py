@@ -43,10 +43,17 @@ ARCHITECTURES = {
 class Texts:
     """A runtime, and the logits of any text fed whole to another runtime of a single slot."""
 
-    def __init__(self, architecture: DecoderArchitecture, folder: Path, *, scheme: str = "float32") -> None:
+    def __init__(
+        self,
+        architecture: DecoderArchitecture,
+        folder: Path,
+        *,
+        scheme: str = "float32",
+        is_for_pieces: bool = False,
+    ) -> None:
         self.architecture = architecture
         options: dict[str, Any] = {"context_length": CONTEXT_LENGTH, "scheme": scheme}
-        self.runtime = open_runtime(folder, num_slots=NUM_SLOTS, **options)
+        self.runtime = open_runtime(folder, num_slots=NUM_SLOTS, is_for_pieces=is_for_pieces, **options)
         self._reference = open_runtime(folder, num_slots=1, **options)
         self._known: dict[tuple[int, ...], Float32] = {}
 
@@ -70,10 +77,17 @@ class Texts:
         assert relative_error(logits[-1], self.whole(ids)[-1]) < ROUNDING_TOLERANCE
 
 
-@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+@pytest.fixture(
+    scope="module",
+    params=[(name, is_for_pieces) for name in ARCHITECTURES for is_for_pieces in (False, True)],
+    ids=lambda param: f"{param[0]}{', for pieces' if param[1] else ''}",
+)
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Texts:
-    architecture = ARCHITECTURES[request.param]
-    return Texts(architecture, write_checkpoint(tmp_path_factory.mktemp("model"), architecture))
+    """The graph for pieces too is held to the other one, and fed single tokens as well."""
+    name, is_for_pieces = request.param
+    architecture = ARCHITECTURES[name]
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), architecture)
+    return Texts(architecture, folder, is_for_pieces=is_for_pieces)
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ def build_graph(
     *,
     num_positions: int,
     activation_levels: int = 127,
+    is_for_pieces: bool = False,
     is_selective: bool = False,
     num_stepwise: int = 0,
 ) -> bytes:
@@ -81,6 +82,8 @@ def build_graph(
         scheme: of its weights.
         num_positions: rows of the rotary tables.
         activation_levels: of each sign, where activations are rounded token by token.
+        is_for_pieces: made for calls with several tokens of each text, not for single ones; results are the
+            same but for rounding.
         is_selective: see above; the last layer must be a full one.
         num_stepwise: see above; 0 for a graph that is not stepwise.
 
@@ -93,7 +96,8 @@ def build_graph(
             f"num_attention_heads {architecture.num_attention_heads}); the engine needs a multiple of 16"
         )
     assert not (is_selective and num_stepwise), "what selects tokens verifies none"
-    graph = _GraphBuilder(architecture, scheme, num_positions, activation_levels, num_stepwise)
+    assert not (is_for_pieces and num_stepwise), "a stepwise graph takes single tokens"
+    graph = _GraphBuilder(architecture, scheme, num_positions, activation_levels, is_for_pieces, num_stepwise)
     graph.build(is_selective=is_selective)
     return graph.serialized()
 
@@ -107,12 +111,14 @@ class _GraphBuilder:
         scheme: QuantizationScheme,
         num_positions: int,
         activation_levels: int,
+        is_for_pieces: bool = False,
         num_stepwise: int = 0,
     ) -> None:
         self.architecture = architecture
         self.scheme = scheme
         self.num_positions = num_positions
         self.activation_levels = activation_levels
+        self.is_for_pieces = is_for_pieces
         self.num_stepwise = num_stepwise
         self.shapes = fused_shapes(architecture)
         self.nodes: list[onnx.NodeProto] = []
@@ -218,7 +224,11 @@ class _GraphBuilder:
         window = {"local_window_size": self.architecture.window, "sliding_window_cache": 1}
         self.multi_op(
             "GroupQueryAttention",
-            [qkv, "", "", *past, *lengths, *self._rotary_tables(index), *[""] * 7, f"query_lengths{place}"],
+            # Between tables and sinks it could take positions and a bias, behind them scales and norms.
+            [
+                *[qkv, "", "", *past, *lengths, *self._rotary_tables(index), "", "", self._sinks()],
+                *["", "", "", "", f"query_lengths{place}"],
+            ],
             outputs=[output, *present],
             domain=_CONTRIB,
             num_heads=self.architecture.num_attention_heads,
@@ -227,6 +237,17 @@ class _GraphBuilder:
             **(window if is_sliding else {}),
         )
         return output
+
+    def _sinks(self) -> str:
+        """What each head's softmax sums beside its scores, as a logit: nothing.
+
+        With sinks ONNX Runtime writes the scores of all keys before it sums, without them it goes through
+        blocks of keys. The former is faster where several tokens share the keys of a call, the latter where
+        each row brings one token (docs/experiments.md).
+        """
+        if not self.is_for_pieces:
+            return ""
+        return self.constant("no_sinks", [-np.inf] * self.architecture.num_attention_heads, np.float32)
 
     def _cache_shape(self, capacity: str) -> list[str | int]:
         return ["B", self.architecture.num_attention_heads, capacity, self.architecture.head_dim]

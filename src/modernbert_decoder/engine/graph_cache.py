@@ -30,6 +30,7 @@ def cached_graph(
     scheme: QuantizationScheme,
     *,
     num_positions: int,
+    is_for_pieces: bool = False,
     is_selective: bool = False,
     num_stepwise: int = 0,
 ) -> bytes:
@@ -49,11 +50,12 @@ def cached_graph(
             scheme,
             num_positions=num_positions,
             activation_levels=levels,
+            is_for_pieces=is_for_pieces,
             is_selective=is_selective,
             num_stepwise=num_stepwise,
         )
 
-    numbers = [num_positions, levels, int(is_selective), num_stepwise]
+    numbers = [num_positions, levels, int(is_for_pieces), int(is_selective), num_stepwise]
     return _cached(_path(architecture, scheme, numbers), build)
 
 

@@ -107,7 +107,8 @@ def open_runtime(
     architecture = checkpoint.architecture
     is_selective = is_worthwhile(architecture)
     build = partial(cached_graph, architecture, num_positions=context_length)
-    graph = build(scheme, is_selective=is_selective)
+    is_for_pieces = architecture.head is not Head.CAUSAL_LM  # nothing is generated
+    graph = build(scheme, is_for_pieces=is_for_pieces, is_selective=is_selective)
     tables = rotary_tables(architecture, context_length)
     weights = load_weights(checkpoint, scheme, threads=threads)
     if is_selective:
@@ -120,7 +121,7 @@ def open_runtime(
     if prompt_scheme is not None and prompt_scheme != scheme:
         prompt_weights = load_weights(checkpoint, prompt_scheme, threads=threads)
         prompt_model = PromptModel(
-            build(prompt_scheme), {**prompt_weights, **tables}, Pairs.of(prompt_scheme)
+            build(prompt_scheme, is_for_pieces=True), {**prompt_weights, **tables}, Pairs.of(prompt_scheme)
         )
     return Runtime(
         architecture,
