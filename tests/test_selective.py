@@ -15,7 +15,7 @@ from checkpoints import open_runtime, random_ids, relative_error, tiny_architect
 from modernbert_decoder import LLM
 from modernbert_decoder.architecture import Head, LayerKind
 from modernbert_decoder.costs import EMBEDDING
-from modernbert_decoder.engine.calls import Piece
+from modernbert_decoder.engine.calls import Piece, SelectiveCall
 from modernbert_decoder.engine.graph import build_graph
 from modernbert_decoder.engine.reading_cache import ReadingCache
 from modernbert_decoder.engine.runtime import Runtime
@@ -36,7 +36,8 @@ def runtimes(
     architecture = tiny_architecture(window=WINDOW, head=request.param)
     folder = write_checkpoint(tmp_path_factory.mktemp("model"), architecture)
     whole, selective = (
-        open_runtime(folder, context_length=CONTEXT, is_selective=chosen) for chosen in (False, True)
+        open_runtime(folder, context_length=CONTEXT, is_for_pieces=chosen, is_selective=chosen)
+        for chosen in (False, True)
     )
     return whole, selective
 
@@ -52,6 +53,7 @@ def read(
     cache = ReadingCache(runtime.architecture, num_positions=CONTEXT * len(texts), max_rows=len(texts))
     layers = cache.layers(len(texts), max(lengths))
     found: list[np.ndarray] = []
+    kept: dict[tuple[int, int], SelectiveCall] = {}
     for start in range(0, max(lengths), width):
         active = [i for i, length in enumerate(lengths) if length > start]
         assert active == list(range(len(active)))
@@ -65,7 +67,7 @@ def read(
         ]
         has_head = runtime.architecture.head is not Head.NONE
         cut = [(keys[: len(active)], values[: len(active)]) for keys, values in layers]
-        piece = Piece(cut, fed, [start] * len(active), positions if has_head else (), positions)
+        piece = Piece(cut, fed, [start] * len(active), positions if has_head else (), positions, kept=kept)
         logits, states = runtime.read(piece)
         found += [np.array(logits), np.array(states)] if has_head else [np.array(states)]
     return found
@@ -205,3 +207,26 @@ def test_the_last_layer_has_no_attention_over_all_tokens() -> None:
         for chosen in (False, True)
     ]
     assert counts == [4, 3]
+
+
+def test_pieces_that_ask_for_nothing_share_their_calls(runtimes: tuple[Runtime, Runtime]) -> None:
+    """Filled anew, whatever was in them: 150 and 140 tokens in pieces of 20, of which the last differ."""
+    _, runtime = runtimes
+    cache = ReadingCache(runtime.architecture, num_positions=2 * CONTEXT, max_rows=2)
+    layers = cache.layers(2, 150)
+    texts = [random_ids(runtime.architecture, length, seed=length) for length in (150, 140)]
+    shared: list[np.ndarray] = []
+    for kept in ({}, None):
+        calls: set[int] = set()
+        for start in range(0, 140, 20):
+            fed = [ids[start : start + 20] for ids in texts]
+            piece = Piece(layers, fed, [start, start], kept={} if kept is None else kept)
+            runtime.read(piece)
+            calls |= {id(call) for call in piece.kept.values()}
+        assert kept is None or len(calls) == 1
+        piece = Piece([(k[:1], v[:1]) for k, v in layers], [texts[0][140:]], [140], state_positions=[9])
+        _, states = runtime.read(piece)
+        assert not piece.kept
+        shared.append(states)
+    assert np.array_equal(*shared)
+    assert np.isfinite(shared[0]).all()

@@ -9,7 +9,7 @@ labels, C model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +50,7 @@ class Piece:
         logit_positions: (M,) row * S + place, S being the most new tokens of a row.
         state_positions: (N,) likewise.
         is_last: nothing is read behind it, so that `layers` may stay as they are.
+        kept: what pieces of the same `layers` share, by their shape: calls that can be filled anew.
     """
 
     layers: Layers
@@ -58,11 +59,17 @@ class Piece:
     logit_positions: Sequence[int] = ()
     state_positions: Sequence[int] = ()
     is_last: bool = False
+    kept: dict[tuple[int, int], SelectiveCall] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(B, S)."""
         return len(self.token_ids), max(map(len, self.token_ids))
+
+    @property
+    def asks_for_nothing(self) -> bool:
+        """Whether it is only read for the sake of what comes behind it."""
+        return not (len(self.logit_positions) or len(self.state_positions))
 
 
 class Call:
@@ -190,25 +197,26 @@ class SelectiveCall(Call):
         *layers, last = piece.layers
         super().__init__(session, layers, shape=piece.shape, logits=logits, states=states)
         self._last = last
-        self._num_past = np.asarray(piece.num_past, np.int64)
-        self._fill(piece.token_ids, self._num_past)
-        wanted = [*piece.logit_positions, *piece.state_positions]
-        selection = Selection(wanted, piece.shape, self._num_past, num_positions=num_positions)
-        past = past_of(last, selection.num_past)
+        self._num_positions = num_positions
         num_rows, longest = piece.shape
+        self._token_places = np.empty(piece.shape, np.int64)
+        self._is_token = np.empty((num_rows, longest, 1), np.bool_)
+        selection = self.refill(piece)
+        past = past_of(last, selection.num_past)
         new_shape = (num_rows, last[0].shape[1], longest, last[0].shape[3])
         self._new = new.pair(new_shape)
         index = len(layers)
         inputs = {
             "selected": selection.selected,
-            "positions": selection.positions,
+            "positions": self._token_places,
             "selected_positions": selection.selected_positions,
             "visible": selection.visible(),
             "num_keys": np.array([selection.num_past, longest]),
-            "is_token": selection.is_token(self.query_lengths),
+            "is_token": self._is_token,
             f"past_key.{index}": past[0],
             f"past_value.{index}": past[1],
         }
+        self._bound = tuple(inputs.values())  # so that they live as long
         for name, array in inputs.items():
             self.binding.bind_ortvalue_input(name, shared_value(array))
         for name, array in zip(("key", "value"), self._new, strict=True):
@@ -220,6 +228,19 @@ class SelectiveCall(Call):
 
     def _positions(self) -> dict[str, NDArray[Any]]:
         return {"logit_positions": self.logit_positions, "state_positions": self.state_positions}
+
+    def refill(self, piece: Piece) -> Selection:
+        """Writes the tokens of a piece into the bound arrays; returns what it asks for.
+
+        Of another piece than the call was made for, with the same shape and layers, if both ask for nothing.
+        """
+        self._num_past = np.asarray(piece.num_past, np.int64)
+        self._fill(piece.token_ids, self._num_past)
+        wanted = [*piece.logit_positions, *piece.state_positions]
+        selection = Selection(wanted, piece.shape, self._num_past, num_positions=self._num_positions)
+        self._token_places[:] = selection.positions
+        self._is_token[:] = selection.is_token(self.query_lengths)
+        return selection
 
     def keep(self) -> None:
         """Writes the last layer's new keys and values behind the past ones, once they are computed."""

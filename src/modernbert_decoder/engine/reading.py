@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
-from modernbert_decoder.engine.calls import Piece
+from modernbert_decoder.engine.calls import Piece, SelectiveCall
 from modernbert_decoder.engine.kv_cache import Float32, Layers
 from modernbert_decoder.engine.outputs import TextError
 from modernbert_decoder.engine.reading_cache import ReadingCache
@@ -138,6 +138,7 @@ class Run:
         past = np.zeros(len(passages), np.int64) if num_past is None else np.array(num_past)
         token_ids = [passage.ids for passage in passages]
         start, num_active = 0, len(passages)
+        kept: dict[tuple[int, int], SelectiveCall] = {}
         while start < longest:
             while passages[num_active - 1].num_tokens <= start:
                 num_active -= 1
@@ -145,7 +146,7 @@ class Run:
             fed = [ids[start : start + width] for ids in token_ids[:num_active]]
             cut = [(keys[:num_active], values[:num_active]) for keys, values in layers]
             is_last = not keeps and start + width >= longest
-            piece = Piece(cut, fed, past[:num_active] + start, is_last=is_last)
+            piece = Piece(cut, fed, past[:num_active] + start, is_last=is_last, kept=kept)
             self._feed(piece, passages, start, width, accept)
             start += width
         return layers

@@ -188,14 +188,7 @@ class Runtime:
         states = np.empty((len(piece.state_positions), architecture.hidden_size), np.float32)
         bound_logits = None if architecture.head is Head.NONE else logits
         if self._is_selective:
-            selective = SelectiveCall(
-                self._session,
-                piece,
-                new=self._scratch,
-                num_positions=self._num_positions,
-                logits=bound_logits,
-                states=states,
-            )
+            selective = self._selective_call(piece, bound_logits, states)
             self._execute(selective)
             if not piece.is_last:
                 selective.keep()
@@ -204,6 +197,24 @@ class Runtime:
             call.fill_piece(piece)
             self._execute(call)
         return logits, states
+
+    def _selective_call(self, piece: Piece, logits: Float32 | None, states: Float32) -> SelectiveCall:
+        """One that was kept, filled anew, or a new one, which is kept if it can be."""
+        kept = piece.kept.get(piece.shape) if piece.asks_for_nothing else None
+        if kept is not None:
+            kept.refill(piece)
+            return kept
+        call = SelectiveCall(
+            self._session,
+            piece,
+            new=self._scratch,
+            num_positions=self._num_positions,
+            logits=logits,
+            states=states,
+        )
+        if piece.asks_for_nothing:
+            piece.kept[piece.shape] = call
+        return call
 
     @property
     def logit_width(self) -> int:
