@@ -17,7 +17,7 @@ from benchmarks.results import from_json  # noqa: E402
 from benchmarks.summary import ENGINE, TRANSFORMERS, Spread  # noqa: E402
 from benchmarks.throughput.__main__ import PUBLICATION  # noqa: E402
 from benchmarks.throughput.corpora import CORPORA, chapters_of  # noqa: E402
-from benchmarks.throughput.measure import MemoryLine, MemorySample, Row, make_row  # noqa: E402
+from benchmarks.throughput.measure import MemoryLine, MemorySample, Round, Row, make_row  # noqa: E402
 from benchmarks.throughput.pipeline_worker import PipelineWorker  # noqa: E402
 from benchmarks.throughput.report import (  # noqa: E402
     FORMAT,
@@ -43,14 +43,27 @@ def answer(seconds: float, labels: list[str]) -> dict[str, Any]:
 
 # Two rounds, the second on a machine half as fast.
 ROUNDS = [
-    [answer(1.0, ["a", "b"]), answer(4.0, ["a", "c"])],
-    [answer(2.0, ["a", "b"]), answer(8.0, ["a", "c"])],
+    Round([answer(1.0, ["a", "b"]), answer(4.0, ["a", "c"])], 0.0, 5.0, 30e9),
+    Round([answer(2.0, ["a", "b"]), answer(8.0, ["a", "c"])], 0.0, 10.0, 10e9),
 ]
 
 
 def row(size: str = "17m", corpus: str = "short", dtype: str = "int8", ratio: float = 4.0) -> Row:
     spread = Spread(ratio, ratio, ratio)
-    return Row(ENGINE, dtype, size, corpus, 2, 2, Spread(1.0, 1.0, 2.0), spread, 10**8, 0.5, None)
+    return Row(
+        ENGINE,
+        dtype,
+        size,
+        corpus,
+        2,
+        2,
+        Spread(1.0, 1.0, 2.0),
+        spread,
+        10**8,
+        0.5,
+        None,
+        Spread(2e10, 1e10, 3e10),
+    )
 
 
 def line(later: list[int]) -> MemoryLine:
@@ -70,6 +83,7 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert ours.agreement == 0.5
     assert ours.batch_size is None
     assert ours.peak_memory_bytes == 2e8
+    assert ours.bandwidth == Spread(20e9, 10e9, 30e9)
 
 
 def test_transformers_row_has_a_batch_size_and_no_ratio() -> None:
@@ -88,6 +102,10 @@ def test_claims_take_the_best_dtype() -> None:
 def test_a_claim_that_fails_is_published_as_not_held() -> None:
     text = page(results([row(ratio=2.9), row(size="150m", ratio=1.6)], [line([100, 100])]))
     assert text.count("**not held**") == 1
+
+
+def test_the_page_says_how_fast_memory_was() -> None:
+    assert "at: 17m short 20.0 (10.0 to 30.0)." in page(results([row()], [line([100, 101])]))
 
 
 def test_growing_memory_is_not_flat() -> None:

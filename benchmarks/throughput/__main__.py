@@ -52,13 +52,13 @@ def measure(options: argparse.Namespace, shared: Path) -> ThroughputResults:
     rows, memory, versions = [], [], harness_versions()
     for size in sizes:
         with ExitStack() as stack:
-            workers = load_workers(size, plan, stack, report)
+            peers = load_workers(size, plan, stack, report)
             for corpus in corpora:
-                rows += measure_corpus(corpus, size, workers, plan, report)
+                rows += measure_corpus(corpus, size, peers, plan, report)
             if size == "17m":
                 count = _QUICK_MEMORY_TEXTS if options.quick else _MEMORY_TEXTS
                 memory.append(measure_memory(size, plan, count, report))
-            for each in workers:
+            for each in peers.workers:
                 versions.update(each.answer.get("versions", {}))
     return ThroughputResults(
         format=FORMAT,

@@ -42,6 +42,8 @@ class Row:
         peak_memory_bytes: of the process during the row.
         agreement: share of the labels that equal those of transformers.
         batch_size: the best one that was found; None for the engine, which has none to choose.
+        bandwidth: bytes per second at which memory was read before each round; neighbours on the same
+            hardware, whom the system does not see, take some of it.
     """
 
     runtime: str
@@ -55,6 +57,7 @@ class Row:
     peak_memory_bytes: int
     agreement: float
     batch_size: int | None
+    bandwidth: Spread
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,15 @@ class _Loaded:
     answer: dict[str, Any]
 
 
-def load_workers(size: str, plan: Plan, stack: ExitStack, report: Report) -> list[_Loaded]:
+@dataclass(frozen=True)
+class Peers:
+    """What takes turns in a round, and what measures the memory before each."""
+
+    workers: list[_Loaded]
+    bandwidth: Worker
+
+
+def load_workers(size: str, plan: Plan, stack: ExitStack, report: Report) -> Peers:
     """The engine in each dtype, and transformers, with the classifier of this size."""
     model = str(ensure_classifier(size, plan.folder, plan.shared))
     wanted: list[tuple[str, str, Callable[[Plan], Worker]]] = [
@@ -107,7 +118,7 @@ def load_workers(size: str, plan: Plan, stack: ExitStack, report: Report) -> lis
         worker = stack.enter_context(start(plan))
         answer = worker.ask("load", model=model, variant=variant, threads=plan.threads)
         loaded.append(_Loaded(runtime, variant, worker, answer))
-    return loaded
+    return Peers(loaded, stack.enter_context(_worker("benchmarks.bandwidth", plan)))
 
 
 def _engine_worker(plan: Plan) -> Worker:
@@ -123,10 +134,9 @@ def _worker(module: str, plan: Plan) -> Worker:
     return Worker([sys.executable, "-m", module], environment=environment)
 
 
-def measure_corpus(
-    corpus: Corpus, size: str, workers: Sequence[_Loaded], plan: Plan, report: Report
-) -> list[Row]:
+def measure_corpus(corpus: Corpus, size: str, peers: Peers, plan: Plan, report: Report) -> list[Row]:
     """All workers on one corpus."""
+    workers = peers.workers
     texts = corpus.texts(plan.shared, size)
     path = _write(plan.folder / f"texts-{corpus.name}-{size}.json", texts)
     batch_size = _best_batch_size(corpus, size, texts, workers[-1], plan)
@@ -134,16 +144,13 @@ def measure_corpus(
         {"texts": str(path)} | ({"batch_size": batch_size} if each.runtime == TRANSFORMERS else {})
         for each in workers
     ]
-    _round(workers, arguments)
-    rounds: list[_Round] = []
+    _round(peers, arguments, plan)
+    rounds: list[Round] = []
     while sum(each.is_quiet for each in rounds) < plan.rounds and len(rounds) < MOST_REPEATS * plan.rounds:
-        rounds.append(_round(workers, arguments))
+        rounds.append(_round(peers, arguments, plan))
         report(f"{size}, {corpus.name}: round {len(rounds)}, {rounds[-1].seconds:.1f} s")
     rounds = sorted(rounds, key=lambda each: each.others_share or 0.0)[: plan.rounds]
-    return [
-        make_row(each, i, corpus.name, size, [done.answers for done in rounds], batch_size)
-        for i, each in enumerate(workers)
-    ]
+    return [make_row(each, i, corpus.name, size, rounds, batch_size) for i, each in enumerate(workers)]
 
 
 def make_row(
@@ -151,11 +158,12 @@ def make_row(
     index: int,
     corpus: str,
     size: str,
-    rounds: Sequence[Sequence[Mapping[str, Any]]],
+    rounds: Sequence[Round],
     batch_size: int,
 ) -> Row:
     """The row of worker `index`; the last worker of each round is transformers'."""
-    labels, reference = rounds[0][index]["labels"], rounds[0][-1]["labels"]
+    answers = [done.answers for done in rounds]
+    labels, reference = answers[0][index]["labels"], answers[0][-1]["labels"]
     is_peer = loaded.runtime == TRANSFORMERS
     return Row(
         runtime=loaded.runtime,
@@ -164,11 +172,14 @@ def make_row(
         corpus=corpus,
         num_texts=len(labels),
         rounds=len(rounds),
-        documents_per_second=Spread.of(len(labels) / each[index]["seconds"] for each in rounds),
-        ratio=None if is_peer else Spread.of(each[-1]["seconds"] / each[index]["seconds"] for each in rounds),
-        peak_memory_bytes=max(each[index]["peak_memory_bytes"] for each in rounds),
+        documents_per_second=Spread.of(len(labels) / each[index]["seconds"] for each in answers),
+        ratio=None
+        if is_peer
+        else Spread.of(each[-1]["seconds"] / each[index]["seconds"] for each in answers),
+        peak_memory_bytes=max(each[index]["peak_memory_bytes"] for each in answers),
         agreement=sum(a == b for a, b in zip(labels, reference, strict=True)) / len(labels),
         batch_size=batch_size if is_peer else None,
+        bandwidth=Spread.of(done.bandwidth for done in rounds),
     )
 
 
@@ -185,24 +196,29 @@ def measure_memory(size: str, plan: Plan, count: int, report: Report) -> MemoryL
 
 
 @dataclass(frozen=True)
-class _Round:
-    answers: list[dict[str, Any]]
+class Round:
+    """Every worker's answer, what other programs took meanwhile, and the memory's speed before."""
+
+    answers: Sequence[Mapping[str, Any]]
     others_share: float | None
     seconds: float
+    bandwidth: float
 
     @property
     def is_quiet(self) -> bool:
         return is_quiet(self.others_share)
 
 
-def _round(workers: Sequence[_Loaded], arguments: Sequence[dict[str, Any]]) -> _Round:
+def _round(peers: Peers, arguments: Sequence[dict[str, Any]], plan: Plan) -> Round:
+    workers = peers.workers
+    rate = peers.bandwidth.ask("measure", threads=plan.threads)["bytes_per_second"]
     start = time.monotonic()
     meter = ContentionMeter([each.worker.process.pid for each in workers])
     answers = []
     for each, given in zip(workers, arguments, strict=True):
         time.sleep(_SETTLE_SECONDS)
         answers.append(each.worker.ask("classify", **given))
-    return _Round(answers, meter.share(), time.monotonic() - start)
+    return Round(answers, meter.share(), time.monotonic() - start, rate)
 
 
 def _best_batch_size(corpus: Corpus, size: str, texts: list[str], pipeline: _Loaded, plan: Plan) -> int:

@@ -243,7 +243,7 @@ class _GraphBuilder:
 
         With sinks ONNX Runtime writes the scores of all keys before it sums, without them it goes through
         blocks of keys. The former is faster where several tokens share the keys of a call, the latter where
-        each row brings one token (docs/experiments.md).
+        each row brings one token (docs/attention.md).
         """
         if not self.is_for_pieces:
             return ""

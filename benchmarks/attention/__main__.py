@@ -1,0 +1,200 @@
+"""`python -m benchmarks.attention`: one attention node in its forms, and docs/attention.md.
+
+A full run writes benchmarks/results/attention-<date>-<cpu>.json and docs/attention.md; a quick one prints the
+page and writes neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.attention.forms import FORMS, Attention, Node, Shape
+from benchmarks.machine import describe_machine, harness_versions
+from benchmarks.publishing import Publication
+from benchmarks.results import Setting
+from benchmarks.session import report
+from benchmarks.tables import number, setting, table
+from modernbert_decoder.architecture import LayerKind, released_architecture
+from modernbert_decoder.machine import usable_threads
+
+FORMAT = 1
+SIZES = ("17m", "150m")
+CALLS = {
+    "1 token behind 300": Shape(1, 1, 300, 512),
+    "8 x 1 token behind 300": Shape(8, 1, 300, 512),
+    "32 x 1 token behind 300": Shape(32, 1, 300, 512),
+    "a prompt of 170 tokens": Shape(1, 170, 0, 512),
+    "32 texts of 16 tokens": Shape(32, 16, 0, 64),
+    "4 pieces of 128 behind 1,024": Shape(4, 128, 1024, 2048),
+    "a piece of 256 behind 7,700": Shape(1, 256, 7700, 8192),
+}
+_WARM_UPS = 2
+# A turn lasts about so long, and holds so many calls at most.
+_TURN_SECONDS = 0.01
+_MOST_CALLS = 20
+# Idle threads of the other sessions spin for a millisecond.
+_SETTLE_SECONDS = 0.002
+
+_SETTING = (
+    "One `GroupQueryAttention` node of ONNX Runtime as the package builds it, with the heads of a "
+    "released size, on random numbers: rotary embedding, the new keys and values put into the cache, "
+    "attention. A ratio is the time of the first form over that of another in the same turn: above 1, the "
+    "other is faster. Medians, with the quartiles in brackets; the forms take turns. *Blocks of keys* is "
+    "what the package has in every graph that writes tokens, *whole scores* in those that only read: they "
+    "have sinks that add nothing to softmax, and ONNX Runtime then writes the scores of all keys before "
+    "it sums. They take memory for B x H x S x capacity scores. *Keys and values in 8 bits* have scales "
+    "per channel that are given to the node; the package does not have them."
+)
+_FINDINGS = (
+    "Whole scores are faster for pieces of texts and for prompts, most of all in sliding layers, and "
+    "slower where many rows bring one token each; so graphs have them that write no tokens. Keys and "
+    "values in 8 bits gain where many long rows bring one token each, nothing with 8 rows, and attend to "
+    "prompts at a third to half of the speed, in tokens that a server has more of; besides, their scales "
+    "must be known before the text is. Calls are repeated on the same arrays, so that what fits into a "
+    "cache is found there, which flatters longer numbers."
+)
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """The median of some numbers between their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        """Of at least one number."""
+        low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+        return cls(float(median), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{number(self.median)} ({number(self.low)} to {number(self.high)})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form of one call.
+
+    Attributes:
+        seconds: of a call.
+        ratio: the first form's seconds over this form's, turn by turn.
+    """
+
+    size: str
+    layer: str
+    call: str
+    form: str
+    seconds: Quartiles
+    ratio: Quartiles
+
+
+@dataclass(frozen=True)
+class AttentionResults(Setting):
+    """One run."""
+
+    is_quick: bool
+    rows: list[Row]
+
+
+def measure(size: str, call: str, kind: LayerKind, *, rounds: int, threads: int) -> Iterator[Row]:
+    """Every form of one call, in turns."""
+    architecture = released_architecture(size)
+    nodes = [Attention(form, architecture, kind, CALLS[call], threads=threads) for form in FORMS]
+    seconds: list[list[float]] = [[] for _ in nodes]
+    for _ in range(rounds):
+        for node, found in zip(nodes, seconds, strict=True):
+            found.append(_turn(node))
+    for form, found in zip(FORMS, seconds, strict=True):
+        ratios = [first / each for first, each in zip(seconds[0], found, strict=True)]
+        yield Row(size, kind.name.lower(), call, form.name, Quartiles.of(found), Quartiles.of(ratios))
+
+
+def _turn(node: Attention) -> float:
+    """Seconds of a call, of a few in a row."""
+    time.sleep(_SETTLE_SECONDS)
+    for _ in range(_WARM_UPS):
+        start = time.perf_counter()
+        node.run()
+        once = time.perf_counter() - start
+    count = max(1, min(_MOST_CALLS, int(_TURN_SECONDS / once)))
+    start = time.perf_counter()
+    for _ in range(count):
+        node.run()
+    return (time.perf_counter() - start) / count
+
+
+def page(results: AttentionResults) -> str:
+    """docs/attention.md."""
+    others = [form.name for form in FORMS[1:]]
+    header = ["call", "layer", "size", f"{Node.name}, us", *others]
+    groups: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in results.rows:
+        groups.setdefault((row.call, row.layer, row.size), {})[row.form] = row
+    cells = [
+        [*key, number(1e6 * forms[Node.name].seconds.median), *(str(forms[name].ratio) for name in others)]
+        for key, forms in groups.items()
+    ]
+    parts = [
+        "# Attention by itself",
+        "Written by `python -m benchmarks.attention` from one run.",
+        setting(results),
+        _SETTING,
+        _FINDINGS,
+        table(header, cells),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def is_complete(results: AttentionResults) -> bool:
+    """Whether every call was measured at every size, often enough."""
+    measured = {(row.size, row.call) for row in results.rows}
+    return not results.is_quick and measured == {(size, call) for size in SIZES for call in CALLS}
+
+
+PUBLICATION = Publication(AttentionResults, FORMAT, "attention", "attention.md", page, is_complete)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure or render."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=usable_threads())
+    parser.add_argument("--quick", action="store_true", help="17m, 2 rounds: does it work")
+    parser.add_argument(
+        "--render", type=Path, metavar="JSON", help="publish these results, measuring nothing"
+    )
+    options = parser.parse_args(arguments)
+    if options.render:
+        return PUBLICATION.render(options.render)
+    rows: list[Row] = []
+    rounds = 2 if options.quick else options.rounds
+    for call in CALLS:
+        for kind in (LayerKind.FULL, LayerKind.SLIDING):
+            for size in SIZES[:1] if options.quick else SIZES:
+                rows += measure(size, call, kind, rounds=rounds, threads=options.threads)
+                report(f"{call}, {kind.name.lower()}, {size}")
+    return PUBLICATION.store(
+        AttentionResults(
+            format=FORMAT,
+            date=datetime.date.today().isoformat(),
+            machine=describe_machine(),
+            threads=options.threads,
+            versions=harness_versions(),
+            is_quick=options.quick,
+            rows=rows,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
