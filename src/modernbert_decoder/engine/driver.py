@@ -47,6 +47,11 @@ class Driver:
         """Changes whenever a request ended, in whoever's step."""
         return self.scheduler.num_ended
 
+    @property
+    def is_carried(self) -> bool:
+        """Whether somebody drives without pause, and computes for others between two steps."""
+        return self._carrier is not None
+
     def attach(self, carrier: Carrier) -> None:
         """Has `compute` done by someone who drives without pause, and would leave others no turn.
 

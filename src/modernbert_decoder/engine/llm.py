@@ -214,7 +214,7 @@ class LLM:
         )
         self._reader = Reader(
             self._runtime,
-            self._driver.compute,
+            self._driver,
             max_batch_tokens=max_batch_tokens,
             context_length=self.max_context,
         )

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
 from modernbert_decoder.engine.calls import Piece, SelectiveCall
+from modernbert_decoder.engine.driver import Driver
 from modernbert_decoder.engine.kv_cache import Float32, Layers
+from modernbert_decoder.engine.lanes import Lanes, is_balanced
 from modernbert_decoder.engine.outputs import TextError
+from modernbert_decoder.engine.piece_reader import PieceReader
 from modernbert_decoder.engine.reading_cache import ReadingCache
 from modernbert_decoder.engine.runtime import Runtime
 
@@ -31,6 +35,10 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 # A window of texts is read ahead and sorted: about this many batches of them.
 _BATCHES_AHEAD: Final = 16
+# And so many times as many where they are read side by side: at the end of a window lanes are idle.
+_LANES_WINDOWS: Final = 4
+# Fewer tokens than so many batches have are read by all threads together.
+_LANES_BATCHES: Final = 4
 _BYTES_PER_TOKEN: Final = 4
 # Most new tokens of one text in one call: attention over a piece costs its square, in sliding layers too.
 _PIECE_TOKENS: Final = 256
@@ -101,11 +109,20 @@ class Run:
         cache: of the passages that are fed from their first token.
     """
 
-    def __init__(self, reader: Reader, cache: ReadingCache, *, wants_logits: bool) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        cache: ReadingCache,
+        *,
+        max_batch_tokens: int,
+        wants_logits: bool,
+        read: Callable[[Piece, Float32 | None], tuple[Float32, Float32]],
+    ) -> None:
         self.cache = cache
-        self.max_batch_tokens = reader.max_batch_tokens
-        self._max_wanted = reader.max_logit_rows if wants_logits else self.max_batch_tokens
+        self.max_batch_tokens = max_batch_tokens
+        self._max_wanted = reader.max_logit_rows if wants_logits else max_batch_tokens
         self._reader = reader
+        self._read = read
         self._wants_logits = wants_logits
         self._logits: Float32 | None = None
         self._branches: ReadingCache | None = None
@@ -190,9 +207,7 @@ class Run:
             piece.logit_positions = positions
         else:
             piece.state_positions = positions
-        logits, states = self._reader.compute(
-            partial(self._reader.runtime.read, piece, logits=self._logits_for(len(positions)))
-        )
+        logits, states = self._read(piece, self._logits_for(len(positions)))
         rows = logits if self._wants_logits else states
         offset = 0
         for passage, first, count in spans:
@@ -239,25 +254,20 @@ class Reader:
     """Runs jobs, each with a cache of its own, on one runtime.
 
     Args:
-        runtime: whose `read` is called.
-        compute: carries out a call when it is its turn.
+        runtime: whose `read` is called, or whose lanes are.
+        driver: whose turns are waited for.
         max_batch_tokens: most tokens per call, padding included.
         context_length: most tokens of a passage.
     """
 
     def __init__(
-        self,
-        runtime: Runtime,
-        compute: Callable[[Callable[[], tuple[Float32, Float32]]], tuple[Float32, Float32]],
-        *,
-        max_batch_tokens: int,
-        context_length: int,
+        self, runtime: Runtime, driver: Driver, *, max_batch_tokens: int, context_length: int
     ) -> None:
         self.runtime = runtime
-        self.compute = compute
         self.max_batch_tokens = max_batch_tokens
         self.context_length = context_length
         self.max_logit_rows = max(1, _LOGIT_BYTES // (4 * runtime.logit_width))
+        self._driver = driver
         self._idle: ReadingCache | None = None
         # The garbage collector may end a forgotten job in a thread that holds it.
         self._idle_lock = threading.RLock()
@@ -265,22 +275,39 @@ class Reader:
 
     def read(self, texts: Iterable[Given], job: Job[Given, Prepared, Result]) -> Iterator[Result | TextError]:
         """The results, in the order of the texts; takes no more texts ahead than a few batches."""
-        with self._cache() as cache:
-            run = Run(self, cache, wants_logits=job.wants_logits)
-            for window in _windows(texts, num_tokens=_BATCHES_AHEAD * self.max_batch_tokens):
-                yield from self._read_window(window, job, run)
+        with self._cache() as cache, ExitStack() as stack:
+            run = Run(
+                self,
+                cache,
+                max_batch_tokens=self.max_batch_tokens,
+                wants_logits=job.wants_logits,
+                read=self._read_in_turn,
+            )
+            lanes = stack.enter_context(closing(_ReadingLanes(self, self._driver, job)))
+            size = _BATCHES_AHEAD * self.max_batch_tokens
+            later = size if self.runtime.num_lanes == 1 else _LANES_WINDOWS * size
+            for window in _windows(texts, sizes=chain([size], repeat(later))):
+                yield from self._read_window(window, job, run, lanes)
 
     def _read_window(
-        self, texts: Sequence[Given], job: Job[Given, Prepared, Result], run: Run
+        self,
+        texts: Sequence[Given],
+        job: Job[Given, Prepared, Result],
+        run: Run,
+        lanes: _ReadingLanes,
     ) -> Iterator[Result | TextError]:
         prepared = job.prepare(texts)
         items = [entry for entry in prepared if not isinstance(entry, TextError)]
-        passages = (passage for item in items for passage in item.passages)
-        for batch in batches(passages, run.cache, max_batch_tokens=self.max_batch_tokens):
-            job.process(batch, run)
+        passages = [passage for item in items for passage in item.passages]
+        if not lanes.read(passages):
+            for batch in batches(passages, run.cache, max_batch_tokens=self.max_batch_tokens):
+                job.process(batch, run)
         results = iter(job.finish(items))
         for entry in prepared:
             yield entry if isinstance(entry, TextError) else next(results)
+
+    def _read_in_turn(self, piece: Piece, logits: Float32 | None) -> tuple[Float32, Float32]:
+        return self._driver.compute(partial(self.runtime.read, piece, logits=logits))
 
     @contextmanager
     def _cache(self) -> Iterator[ReadingCache]:
@@ -297,12 +324,13 @@ class Reader:
                     if not self._is_closed:
                         self._idle = cache
 
-    def new_cache(self) -> ReadingCache:
-        """Memory for one batch, taken as it is written."""
+    def new_cache(self, *, num_shares: int = 1) -> ReadingCache:
+        """Memory for one batch, or for one of so many side by side; taken as it is written."""
+        max_batch_tokens = self.max_batch_tokens // num_shares
         return ReadingCache(
             self.runtime.architecture,
-            num_positions=max(self.context_length, self.max_batch_tokens, _LEAST_POSITIONS),
-            max_rows=max(1, self.max_batch_tokens // _TOKENS_PER_RING),
+            num_positions=max(self.context_length, max_batch_tokens, _LEAST_POSITIONS // num_shares),
+            max_rows=max(1, max_batch_tokens // _TOKENS_PER_RING),
         )
 
     def close(self) -> None:
@@ -310,6 +338,71 @@ class Reader:
         with self._idle_lock:
             self._is_closed = True
             self._idle = None
+
+
+class _ReadingLanes:
+    """A job's batches side by side: of all lanes together they have the tokens and the memory of one.
+
+    A job that ends with its first window is not worth a session of its own, nor a short window the memory.
+    """
+
+    def __init__(self, reader: Reader, driver: Driver, job: Job[Any, Any, Any]) -> None:
+        self._reader = reader
+        self._driver = driver
+        self._job = job
+        self._num_windows = 0
+        self._runs: list[Run] = []
+        self._lanes: Lanes[Sequence[Passage]] | None = None
+
+    def read(self, passages: Sequence[Passage]) -> bool:
+        """Reads a window in one turn, if there are lanes, and batches enough for all of them."""
+        self._num_windows += 1
+        runtime = self._reader.runtime
+        if runtime.num_lanes == 1 or self._driver.is_carried:
+            return False
+        is_likely_long = self._num_windows > 1 or runtime.has_lanes
+        num_tokens = sum(passage.num_tokens for passage in passages)
+        if not is_likely_long or num_tokens < _LANES_BATCHES * self._reader.max_batch_tokens:
+            return False
+        lanes = self._lanes or self._opened()
+        first = self._runs[0]
+        found = list(batches(passages, first.cache, max_batch_tokens=first.max_batch_tokens))
+        if not is_balanced((len(batch) * batch[0].num_tokens for batch in found), len(self._runs)):
+            return False
+        self._driver.compute(partial(lanes.run, found))
+        return True
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._lanes is not None:
+            self._lanes.close()
+
+    def _opened(self) -> Lanes[Sequence[Passage]]:
+        readers = self._driver.compute(self._reader.runtime.lanes)
+        self._runs = [
+            Run(
+                self._reader,
+                self._reader.new_cache(num_shares=len(readers)),
+                max_batch_tokens=max(1, self._reader.max_batch_tokens // len(readers)),
+                wants_logits=self._job.wants_logits,
+                read=partial(self._read_piece, each),
+            )
+            for each in readers
+        ]
+        self._lanes = Lanes([partial(_swapped, self._job.process, run) for run in self._runs])
+        return self._lanes
+
+    def _read_piece(
+        self, reader: PieceReader, piece: Piece, logits: Float32 | None
+    ) -> tuple[Float32, Float32]:
+        assert self._lanes is not None
+        self._lanes.check()
+        self._driver.check_open()
+        return reader.read(piece, logits=logits)
+
+
+def _swapped(process: Callable[[Sequence[Passage], Run], None], run: Run, batch: Sequence[Passage]) -> None:
+    process(batch, run)
 
 
 def batches(
@@ -344,16 +437,16 @@ def batches(
         yield batch
 
 
-def _windows(texts: Iterable[Given], *, num_tokens: int) -> Iterator[list[Given]]:
-    """Texts in groups of about `num_tokens`, judged by their length; one at least.
+def _windows(texts: Iterable[Given], *, sizes: Iterable[int]) -> Iterator[list[Given]]:
+    """Texts in groups of about so many tokens, judged by their length; one at least.
 
     An exception of the iterable comes behind the texts that it gave before.
     """
     iterator = iter(texts)
-    while True:
+    for size in sizes:
+        room = size
         window: list[Given] = []
         failure: Exception | None = None
-        room = num_tokens
         try:
             while room > 0:
                 text = next(iterator)

@@ -12,6 +12,7 @@ labels, C model width.
 from __future__ import annotations
 
 import enum
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,11 +24,11 @@ from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head
 from modernbert_decoder.engine.batch_invariance import CallShape, Pairs, pieces
-from modernbert_decoder.engine.calls import Call, Piece, Row, SelectiveCall, Stepwise, StepwiseCall
+from modernbert_decoder.engine.calls import Call, Piece, Row, Stepwise, StepwiseCall
 from modernbert_decoder.engine.kv_cache import Float32, KVCache, Layers, SlotBuffer
+from modernbert_decoder.engine.piece_reader import PieceReader
 from modernbert_decoder.engine.rings import most_new_tokens
-from modernbert_decoder.engine.selective import ScratchPair
-from modernbert_decoder.engine.session import open_session
+from modernbert_decoder.engine.session import CPU_PROVIDER, open_session
 
 # Prompts share a call while padding adds at most this share of tokens.
 _MAX_PADDING: Final = 0.15
@@ -36,7 +37,11 @@ _MAX_PADDING: Final = 0.15
 # right.
 _MAX_KEPT_CALLS: Final = 32
 _MAX_KEPT_TOKENS: Final = 16
-_Open = Callable[[bytes], onnxruntime.InferenceSession]
+_Open = Callable[..., onnxruntime.InferenceSession]
+# Texts are read side by side by at most so many threads: each holds keys and values of its own.
+_MOST_LANES: Final = 4
+# And if the layers take at most so much memory: each thread reads them all, at best from a cache they share.
+_MOST_LANE_BYTES: Final = 16 << 20
 _Key = TypeVar("_Key")
 
 
@@ -82,7 +87,7 @@ class Runtime:
 
     Attributes:
         cache: the slots.
-        network_seconds: time spent inside session calls so far.
+        network_seconds: time spent inside session calls so far, of all lanes together.
         num_calls: session calls so far.
     """
 
@@ -109,10 +114,15 @@ class Runtime:
         self._most_new_tokens = most_new_tokens(architecture)
         self._is_selective = is_selective
         self._num_positions = context_length
-        self._scratch = ScratchPair()
+        self._threads = threads
+        self._providers = tuple(providers)
+        self._graph = graph
+        self._layer_bytes = sum(each.nbytes for name, each in weights.items() if "layers." in name)
+        self._lane_session: onnxruntime.InferenceSession | None = None
         self.cache = KVCache(architecture, num_slots=num_slots, capacity=context_length)
         self.network_seconds = 0.0
         self.num_calls = 0
+        self._counting = threading.Lock()
         self._held: list[NDArray[Any]] = []
 
         def opener(weights: Mapping[str, NDArray[Any]]) -> _Open:
@@ -124,6 +134,7 @@ class Runtime:
 
         self._open = opener(weights)
         self._session = self._prompt_session = self._open(graph)
+        self._reader = self._piece_reader(self._session)
         if prompt_model is not None:
             self._prompt_session = opener(prompt_model.weights)(prompt_model.graph)
             self._prompt_pairs = prompt_model.pairs
@@ -176,63 +187,56 @@ class Runtime:
         return [results[row.slot.index] for row in rows]
 
     def read(self, piece: Piece, *, logits: Float32 | None = None) -> tuple[Float32, Float32]:
-        """Feeds the texts of a piece their tokens; returns logits (M, V) and states (N, C).
-
-        Args:
-            piece: what to read.
-            logits: memory for them, (M, V), instead of new one.
-        """
-        architecture = self.architecture
-        if logits is None:
-            logits = self.empty_logits(len(piece.logit_positions))
-        states = np.empty((len(piece.state_positions), architecture.hidden_size), np.float32)
-        bound_logits = None if architecture.head is Head.NONE else logits
-        if self._is_selective:
-            selective = self._selective_call(piece, bound_logits, states)
-            self._execute(selective)
-            if not piece.is_last:
-                selective.keep()
-        else:
-            call = Call(self._session, piece.layers, shape=piece.shape, logits=bound_logits, states=states)
-            call.fill_piece(piece)
-            self._execute(call)
-        return logits, states
-
-    def _selective_call(self, piece: Piece, logits: Float32 | None, states: Float32) -> SelectiveCall:
-        """One that was kept, filled anew, or a new one, which is kept if it can be."""
-        kept = piece.kept.get(piece.shape) if piece.asks_for_nothing else None
-        if kept is not None:
-            kept.refill(piece)
-            return kept
-        call = SelectiveCall(
-            self._session,
-            piece,
-            new=self._scratch,
-            num_positions=self._num_positions,
-            logits=logits,
-            states=states,
-        )
-        if piece.asks_for_nothing:
-            piece.kept[piece.shape] = call
-        return call
+        """Feeds the texts of a piece their tokens; see `PieceReader.read`."""
+        return self._reader.read(piece, logits=logits)
 
     @property
     def logit_width(self) -> int:
         """The length of a row of logits: labels of a classifier, else the vocabulary."""
-        is_classifier = self.architecture.head is Head.SEQUENCE_CLASSIFICATION
-        return self.architecture.num_labels if is_classifier else self.architecture.vocab_size
+        return self._reader.logit_width
 
     def empty_logits(self, count: int) -> Float32:
         """Memory for `count` rows of logits."""
-        return np.empty((count, self.logit_width), np.float32)
+        return self._reader.empty_logits(count)
+
+    @property
+    def num_lanes(self) -> int:
+        """How many texts can be read side by side, each by one thread; 1 if all threads share every call."""
+        is_possible = (
+            self.architecture.head is not Head.CAUSAL_LM
+            and self._providers == (CPU_PROVIDER,)
+            and self._threads <= _MOST_LANES
+            and self._layer_bytes <= _MOST_LANE_BYTES
+        )
+        return self._threads if is_possible else 1
+
+    @property
+    def has_lanes(self) -> bool:
+        """Whether their session is open already."""
+        return self._lane_session is not None
+
+    def lanes(self) -> list[PieceReader]:
+        """So many readers for as many threads, on a session that packs the weights once more."""
+        if self._lane_session is None:
+            self._lane_session = self._open(self._graph, threads=1)
+        return [self._piece_reader(self._lane_session) for _ in range(self.num_lanes)]
+
+    def _piece_reader(self, session: onnxruntime.InferenceSession) -> PieceReader:
+        return PieceReader(
+            session,
+            self.architecture,
+            is_selective=self._is_selective,
+            num_positions=self._num_positions,
+            execute=self._execute,
+        )
 
     def close(self) -> None:
         """Releases sessions, weights and cache; nothing can be run afterwards."""
         self._kept.clear()
         self._decoding.clear()
         self._held.clear()
-        self._stepwise_session = None
-        del self._session, self._prompt_session, self._open, self._decode_logits
+        self._stepwise_session = self._lane_session = None
+        del self._session, self._reader, self._prompt_session, self._open, self._decode_logits
         self.cache.close()
 
     def _shortened(self, row: Row) -> Row:
@@ -314,8 +318,10 @@ class Runtime:
     def _execute(self, call: Call) -> None:
         started = time.perf_counter()
         call.session.run_with_iobinding(call.binding)
-        self.network_seconds += time.perf_counter() - started
-        self.num_calls += 1
+        seconds = time.perf_counter() - started
+        with self._counting:  # lanes count, too
+            self.network_seconds += seconds
+            self.num_calls += 1
 
     def _call(self, first: int, rows: Sequence[Row]) -> Call:
         """Bindings for these rows; those of small calls that come again and again are kept."""
