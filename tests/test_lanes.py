@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from modernbert_decoder.architecture import Head
+from modernbert_decoder.engine import reading
 from modernbert_decoder.engine import runtime as runtime_module
 from modernbert_decoder.engine.lanes import Lanes, is_balanced
 from modernbert_decoder.engine.llm import LLM
@@ -144,6 +145,90 @@ def test_texts_side_by_side_have_the_answers_they_have_alone(counted: Counted, f
             assert np.abs(answer - expected).max() < TOLERANCE * max(1, np.abs(expected).max())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8", "w8a8"])
+def test_answers_do_not_depend_on_who_reads(counted: Counted, folder: Path, dtype: str) -> None:
+    """To the last bit: a job that is killed may go on with other threads."""
+    texts = texts_of(counted.llm, 80)
+    with (
+        opened(folder, max_batch_tokens=32, threads=2, dtype=dtype) as both,
+        opened(folder, max_batch_tokens=32, threads=1, dtype=dtype) as single,
+    ):
+        expected = answers(single, texts)
+        assert single._runtime._lane_session is None
+        found = answers(both, texts)
+        assert both._runtime._lane_session is not None
+        both._driver.attach(both._driver.compute_alone)
+        carried = answers(both, texts)
+    for each in (found, carried):
+        assert all(np.array_equal(a, b) for a, b in zip(each, expected, strict=True))
+
+
+def test_who_takes_over_the_driver_in_between_reads_the_rest(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_TURN_TOKENS", 100)
+    texts = texts_of(counted.llm, 80)
+    expected = answers(counted.llm, texts)
+    turns = 0
+    compute = counted.llm._driver.compute
+
+    def attached(work: Any) -> Any:
+        nonlocal turns
+        turns += 1
+        if turns == 3:
+            counted.llm._driver.attach(counted.llm._driver.compute_alone)
+        return compute(work)
+
+    monkeypatch.setattr(counted.llm._driver, "compute", attached)
+    before = counted.num_lane_pieces
+    found = answers(counted.llm, texts)
+    assert counted.num_lane_pieces > before
+    assert turns > 10  # one for each piece, once it is carried
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_an_interruption_ends_the_lanes_before_it_is_passed_on(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = texts_of(counted.llm, 80)
+    expected = answers(counted.llm, texts)
+    at_work = 0
+    lock = threading.Lock()
+    read = PieceReader.read
+
+    def interrupted(reader: PieceReader, *args: Any, **kwargs: Any) -> Any:
+        nonlocal at_work
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        with lock:
+            at_work += 1
+        try:
+            return read(reader, *args, **kwargs)
+        finally:
+            with lock:
+                at_work -= 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PieceReader, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answers(counted.llm, texts)
+        assert at_work == 0
+    assert all(np.array_equal(a, b) for a, b in zip(answers(counted.llm, texts), expected, strict=True))
+
+
+def test_a_job_that_is_given_up_between_windows_leaves_nothing_behind(counted: Counted) -> None:
+    job: Any = (
+        counted.llm.iter_embed(texts_of(counted.llm, 80))
+        if counted.llm.architecture.head is Head.NONE
+        else counted.llm.iter_classify(texts_of(counted.llm, 80))
+    )
+    next(job)
+    assert any(each.name.startswith("modernbert-decoder-lane") for each in threading.enumerate())
+    job.close()
+    assert not any(each.name.startswith("modernbert-decoder-lane") for each in threading.enumerate())
+    assert len(counted.llm._reader._idle) == 3  # of the job, and of two lanes
+
+
 def test_errors_stay_in_their_places(counted: Counted) -> None:
     texts: list[Any] = texts_of(counted.llm, 80)
     texts[3], texts[70] = [], [counted.llm.architecture.vocab_size]
@@ -153,7 +238,7 @@ def test_errors_stay_in_their_places(counted: Counted) -> None:
 
 
 def test_few_texts_are_read_by_all_threads_together(counted: Counted) -> None:
-    answers(counted.llm, texts_of(counted.llm, 3))
+    answers(counted.llm, [unpadded_ids(counted.llm, 60, seed=i) for i in range(4)])
     assert counted.llm._runtime._lane_session is None
     answers(counted.llm, texts_of(counted.llm, 80))
     assert (before := counted.num_lane_pieces) > 0
@@ -177,7 +262,7 @@ def test_lanes_are_not_for_everyone(folder: Path, monkeypatch: pytest.MonkeyPatc
     with opened(folder, max_batch_tokens=32, threads=threads) as llm:
         assert llm._runtime.num_lanes == 1
         answers(llm, texts_of(llm, 80))
-        assert not llm._runtime.has_lanes
+        assert llm._runtime._lane_session is None
 
 
 def test_a_language_model_keeps_its_threads_together(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_jobs_one_after_another_share_a_cache(classifier: LLM, made: list[Any]) 
     for _ in range(3):
         classifier.classify(TEXTS)
     assert len(made) == 1
-    assert classifier._reader._idle is made[0]
+    assert classifier._reader._idle == [made[0]]
 
 
 def test_jobs_beside_each_other_have_caches_of_their_own_and_one_is_kept(
@@ -154,7 +154,8 @@ def test_jobs_beside_each_other_have_caches_of_their_own_and_one_is_kept(
     assert len(made) == 3
     for job in jobs:
         job.close()  # type: ignore[attr-defined]
-    assert any(classifier._reader._idle is cache for cache in made)
+    (idle,) = classifier._reader._idle
+    assert idle in made
     classifier.classify(TEXTS)
     assert len(made) == 3
 
@@ -164,9 +165,9 @@ def test_a_cache_that_has_grown_large_is_given_back(
 ) -> None:
     monkeypatch.setattr(reading, "_KEPT_POSITIONS", 400)
     classifier.classify("x" * 398)
-    assert classifier._reader._idle is made[0]
+    assert classifier._reader._idle == [made[0]]
     classifier.classify("x" * 399)
-    assert classifier._reader._idle is None
+    assert not classifier._reader._idle
 
 
 def test_no_memory_is_kept_after_closing_whatever_is_closed_first(folders: dict[Head, Path]) -> None:
@@ -176,7 +177,7 @@ def test_no_memory_is_kept_after_closing_whatever_is_closed_first(folders: dict[
         next(job)
         for close in (job.close, llm.close) if closes_job_first else (llm.close, job.close):
             close()
-        assert llm._reader._idle is None
+        assert not llm._reader._idle
 
 
 def test_a_forgotten_job_may_be_collected_wherever_the_reader_is(folders: dict[Head, Path]) -> None:
@@ -192,7 +193,7 @@ def test_a_forgotten_job_may_be_collected_wherever_the_reader_is(folders: dict[H
         return True
 
     assert within_reason(collect)
-    assert llm._reader._idle is not None
+    assert len(llm._reader._idle) == 1
     llm.close()  # only here: after a deadlock it would wait for the lock as well
 
 

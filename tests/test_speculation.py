@@ -816,7 +816,7 @@ def test_a_request_whose_drafts_are_never_right_soon_makes_plain_steps(
     def timed(rows: list[Row]) -> object:
         before = runtime.network_seconds
         result = step(rows)
-        runtime.network_seconds = before + 1.0 + 0.1 * sum(len(row.token_ids) - 1 for row in rows)
+        runtime._meter.seconds = before + 1.0 + 0.1 * sum(len(row.token_ids) - 1 for row in rows)
         return result
 
     monkeypatch.setattr(runtime, "step", timed)

@@ -42,8 +42,7 @@ class Row:
         peak_memory_bytes: of the process during the row.
         agreement: share of the labels that equal those of transformers.
         batch_size: the best one that was found; None for the engine, which has none to choose.
-        bandwidth: bytes per second at which memory was read before each round; neighbours on the same
-            hardware, whom the system does not see, take some of it.
+        bandwidth: bytes per second at which memory was read before each round.
     """
 
     runtime: str

@@ -122,8 +122,8 @@ def _bandwidths(rows: Iterable[Row]) -> str:
     found = {f"{row.size} {row.corpus}": row.bandwidth for row in rows}
     listed = "; ".join(f"{name} {spread_text(spread, scale=1e-9)}" for name, spread in found.items())
     return (
-        "Neighbours on the same hardware take memory bandwidth and cache that the system does not miss. "
-        f"Before the rounds memory was read, in GB/s, at: {listed}."
+        "How fast memory is depends on neighbours on the same hardware and on where the processors lie, "
+        f"neither of which the system sees. Before the rounds it was read, in GB/s, at: {listed}."
     )
 
 

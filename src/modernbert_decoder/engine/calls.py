@@ -8,6 +8,8 @@ labels, C model width.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -179,6 +181,29 @@ class Call:
         np.add(num_past, lengths, out=ends, casting="unsafe")
         self.longest[...] = max(int(ends.max()), self.input_ids.shape[1])
         ends -= 1
+
+
+class Meter:
+    """Carries out calls, of any thread, and counts them.
+
+    Attributes:
+        seconds: that they took, of all threads together.
+        num_calls: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.num_calls = 0
+        self._lock = threading.Lock()
+
+    def execute(self, call: Call) -> None:
+        """Runs the session on what the call is bound to."""
+        started = time.perf_counter()
+        call.session.run_with_iobinding(call.binding)
+        seconds = time.perf_counter() - started
+        with self._lock:
+            self.seconds += seconds
+            self.num_calls += 1
 
 
 class SelectiveCall(Call):

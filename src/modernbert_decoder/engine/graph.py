@@ -242,8 +242,8 @@ class _GraphBuilder:
         """What each head's softmax sums beside its scores, as a logit: nothing.
 
         With sinks ONNX Runtime writes the scores of all keys before it sums, without them it goes through
-        blocks of keys. The former is faster where several tokens share the keys of a call, the latter where
-        each row brings one token (docs/attention.md).
+        blocks of keys. The former is faster for pieces of longer texts, the latter where many rows bring one
+        token each (docs/attention.md).
         """
         if not self.is_for_pieces:
             return ""

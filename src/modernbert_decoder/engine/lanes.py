@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final, Generic, TypeVar
 
 Batch = TypeVar("Batch")
@@ -52,17 +52,25 @@ class Lanes(Generic[Batch]):
             raise _StoppedError
 
     def run(self, batches: Iterable[Batch]) -> None:
-        """Carries out all batches; if one fails, the others are given up, and its error is raised."""
+        """Carries out all batches; if one fails, the others are given up, and its error is raised.
+
+        When it returns or raises, no lane is at work any more.
+        """
         waiting = iter(batches)
         self._stopped.clear()
         first, *others = self._process
-        futures = [self._executor.submit(self._drive, process, waiting) for process in others]
+        futures: list[Future[None]] = []
         try:
+            for process in others:
+                futures.append(self._executor.submit(self._drive, process, waiting))
             self._drive(first, waiting)
         except _StoppedError:
             pass  # the error is that of the lane that failed
+        except BaseException:
+            self._stopped.set()
+            raise
         finally:
-            wait(futures)
+            self._join(futures)
         for future in futures:
             error = future.exception()
             if error is not None and not isinstance(error, _StoppedError):
@@ -71,6 +79,17 @@ class Lanes(Generic[Batch]):
     def close(self) -> None:
         """Ends the threads."""
         self._executor.shutdown()
+
+    def _join(self, futures: Sequence[Future[None]]) -> None:
+        interruption: BaseException | None = None
+        while not all(future.done() for future in futures):
+            try:
+                wait(futures)
+            except BaseException as error:  # of the user: the lanes end with what they are at
+                self._stopped.set()
+                interruption = error
+        if interruption is not None:
+            raise interruption
 
     def _drive(self, process: Callable[[Batch], None], waiting: Iterator[Batch]) -> None:
         try:

@@ -73,7 +73,6 @@ __all__ = [
 
 DEFAULT_MAX_SLOTS: Final = 32
 DEFAULT_CHUNK_SIZE: Final = 256
-DEFAULT_MAX_BATCH_TOKENS: Final = 512
 
 Result = TypeVar("Result")
 
@@ -100,7 +99,9 @@ class LLM:
         max_context: most tokens of prompt and completion together; by default the model's own limit.
         chunk_size: prompt tokens per step: smaller ones delay running streams less, larger ones are faster.
         max_batch_tokens: most tokens of a batch of texts that are classified, embedded, scored or ranked,
-            padding included. More is not faster on processors: the batch then leaves their caches.
+            padding included; by default 512, and 256 for classifiers and bare models of the smallest sizes,
+            which each thread reads by itself where there are texts enough. More is not faster on processors:
+            the batch then leaves their caches.
         prefix_cache_bytes: memory for the beginnings of earlier texts: prompts that share one do not compute
             it again. 0 keeps none.
         speculation: guess several tokens ahead and verify them in one step. What is generated does not
@@ -134,7 +135,7 @@ class LLM:
         max_slots: int = DEFAULT_MAX_SLOTS,
         max_context: int | None = None,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
-        max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+        max_batch_tokens: int | None = None,
         prefix_cache_bytes: int = 0,
         speculation: Speculation | None = None,
         batch_invariant: bool = False,
@@ -146,7 +147,7 @@ class LLM:
             providers=providers,
             max_slots=max_slots,
             chunk_size=chunk_size,
-            max_batch_tokens=max_batch_tokens,
+            **({} if max_batch_tokens is None else {"max_batch_tokens": max_batch_tokens}),
         )
         checked_integer("prefix_cache_bytes", prefix_cache_bytes, 0)
         folder = find_checkpoint(model, revision=revision, cache_dir=cache_dir, show_progress=show_progress)

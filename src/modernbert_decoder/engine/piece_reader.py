@@ -7,13 +7,11 @@ Legend: M logit rows, N state rows, V vocabulary or labels, C model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import onnxruntime
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head
-from modernbert_decoder.engine.calls import Call, Piece, SelectiveCall
+from modernbert_decoder.engine.calls import Call, Meter, Piece, SelectiveCall
 from modernbert_decoder.engine.kv_cache import Float32
 from modernbert_decoder.engine.selective import ScratchPair
 
@@ -26,7 +24,7 @@ class PieceReader:
         architecture: of the model.
         is_selective: whether the graph is a selective one.
         num_positions: of the graph's rotary tables.
-        execute: carries out a call.
+        meter: carries out its calls.
     """
 
     def __init__(
@@ -36,13 +34,13 @@ class PieceReader:
         *,
         is_selective: bool,
         num_positions: int,
-        execute: Callable[[Call], None],
+        meter: Meter,
     ) -> None:
         self._session = session
         self._architecture = architecture
         self._is_selective = is_selective
         self._num_positions = num_positions
-        self._execute = execute
+        self._meter = meter
         self._scratch = ScratchPair()
 
     @property
@@ -68,13 +66,13 @@ class PieceReader:
         bound_logits = None if self._architecture.head is Head.NONE else logits
         if self._is_selective:
             selective = self._selective_call(piece, bound_logits, states)
-            self._execute(selective)
+            self._meter.execute(selective)
             if not piece.is_last:
                 selective.keep()
         else:
             call = Call(self._session, piece.layers, shape=piece.shape, logits=bound_logits, states=states)
             call.fill_piece(piece)
-            self._execute(call)
+            self._meter.execute(call)
         return logits, states
 
     def _selective_call(self, piece: Piece, logits: Float32 | None, states: Float32) -> SelectiveCall:

@@ -35,10 +35,17 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 # A window of texts is read ahead and sorted: about this many batches of them.
 _BATCHES_AHEAD: Final = 16
-# And so many times as many where they are read side by side: at the end of a window lanes are idle.
+# Most tokens of a batch, unless the caller knows better.
+_MAX_BATCH_TOKENS: Final = 512
+# Models that suit lanes are read in batches smaller by this, also where there are none: what a text is read
+# with, and so the last bits of its answer, depend on the texts alone.
+_LANES_SHARES: Final = 2
+# And in windows, behind the first, so many times as large: at the end of each, lanes are idle.
 _LANES_WINDOWS: Final = 4
 # Fewer tokens than so many batches have are read by all threads together.
-_LANES_BATCHES: Final = 4
+_LEAST_LANE_BATCHES: Final = 8
+# Tokens, padding included, that lanes read in one turn: others wait for so many.
+_TURN_TOKENS: Final = 16384
 _BYTES_PER_TOKEN: Final = 4
 # Most new tokens of one text in one call: attention over a piece costs its square, in sliding layers too.
 _PIECE_TOKENS: Final = 256
@@ -114,13 +121,12 @@ class Run:
         reader: Reader,
         cache: ReadingCache,
         *,
-        max_batch_tokens: int,
         wants_logits: bool,
         read: Callable[[Piece, Float32 | None], tuple[Float32, Float32]],
     ) -> None:
         self.cache = cache
-        self.max_batch_tokens = max_batch_tokens
-        self._max_wanted = reader.max_logit_rows if wants_logits else max_batch_tokens
+        self.max_batch_tokens = reader.max_batch_tokens
+        self._max_wanted = reader.max_logit_rows if wants_logits else reader.max_batch_tokens
         self._reader = reader
         self._read = read
         self._wants_logits = wants_logits
@@ -256,37 +262,36 @@ class Reader:
     Args:
         runtime: whose `read` is called, or whose lanes are.
         driver: whose turns are waited for.
-        max_batch_tokens: most tokens per call, padding included.
+        max_batch_tokens: most tokens per call, padding included; None leaves it to the model.
         context_length: most tokens of a passage.
+
+    Attributes:
+        max_batch_tokens: most tokens per call.
     """
 
     def __init__(
-        self, runtime: Runtime, driver: Driver, *, max_batch_tokens: int, context_length: int
+        self, runtime: Runtime, driver: Driver, *, max_batch_tokens: int | None, context_length: int
     ) -> None:
         self.runtime = runtime
-        self.max_batch_tokens = max_batch_tokens
         self.context_length = context_length
+        self._shares = _LANES_SHARES if runtime.suits_lanes else 1
+        self.max_batch_tokens = max_batch_tokens or _MAX_BATCH_TOKENS // self._shares
+        self._window_tokens = _BATCHES_AHEAD * self._shares * self.max_batch_tokens
         self.max_logit_rows = max(1, _LOGIT_BYTES // (4 * runtime.logit_width))
         self._driver = driver
-        self._idle: ReadingCache | None = None
+        self._idle: list[ReadingCache] = []
         # The garbage collector may end a forgotten job in a thread that holds it.
         self._idle_lock = threading.RLock()
         self._is_closed = False
 
     def read(self, texts: Iterable[Given], job: Job[Given, Prepared, Result]) -> Iterator[Result | TextError]:
-        """The results, in the order of the texts; takes no more texts ahead than a few batches."""
-        with self._cache() as cache, ExitStack() as stack:
-            run = Run(
-                self,
-                cache,
-                max_batch_tokens=self.max_batch_tokens,
-                wants_logits=job.wants_logits,
-                read=self._read_in_turn,
-            )
-            lanes = stack.enter_context(closing(_ReadingLanes(self, self._driver, job)))
-            size = _BATCHES_AHEAD * self.max_batch_tokens
-            later = size if self.runtime.num_lanes == 1 else _LANES_WINDOWS * size
-            for window in _windows(texts, sizes=chain([size], repeat(later))):
+        """The results, in the order of the texts; takes no more texts ahead than a few dozen batches."""
+        later = self._window_tokens * (_LANES_WINDOWS if self.runtime.suits_lanes else 1)
+        with ExitStack() as stack:
+            cache = stack.enter_context(self.cache())
+            run = Run(self, cache, wants_logits=job.wants_logits, read=self._read_in_turn)
+            lanes = _ReadingLanes(self, self._driver, job, stack)
+            for window in _windows(texts, sizes=chain([self._window_tokens], repeat(later))):
                 yield from self._read_window(window, job, run, lanes)
 
     def _read_window(
@@ -298,10 +303,10 @@ class Reader:
     ) -> Iterator[Result | TextError]:
         prepared = job.prepare(texts)
         items = [entry for entry in prepared if not isinstance(entry, TextError)]
-        passages = [passage for item in items for passage in item.passages]
-        if not lanes.read(passages):
-            for batch in batches(passages, run.cache, max_batch_tokens=self.max_batch_tokens):
-                job.process(batch, run)
+        passages = (passage for item in items for passage in item.passages)
+        found = batches(passages, run.cache, max_batch_tokens=self.max_batch_tokens)
+        for batch in lanes.read(found):
+            job.process(batch, run)
         results = iter(job.finish(items))
         for entry in prepared:
             yield entry if isinstance(entry, TextError) else next(results)
@@ -310,10 +315,10 @@ class Reader:
         return self._driver.compute(partial(self.runtime.read, piece, logits=logits))
 
     @contextmanager
-    def _cache(self) -> Iterator[ReadingCache]:
-        """A cache for one job; a small one is kept for the next."""
+    def cache(self) -> Iterator[ReadingCache]:
+        """A cache for one job, or for one of its lanes; small ones are kept for the next."""
         with self._idle_lock:
-            cache, self._idle = self._idle, None
+            cache = self._idle.pop() if self._idle else None
         if cache is None:
             cache = self.new_cache()
         try:
@@ -321,75 +326,77 @@ class Reader:
         finally:
             if cache.peak_positions <= _KEPT_POSITIONS:
                 with self._idle_lock:
-                    if not self._is_closed:
-                        self._idle = cache
+                    if not self._is_closed and len(self._idle) < self._most_idle:
+                        self._idle.append(cache)
 
-    def new_cache(self, *, num_shares: int = 1) -> ReadingCache:
-        """Memory for one batch, or for one of so many side by side; taken as it is written."""
-        max_batch_tokens = self.max_batch_tokens // num_shares
+    @property
+    def _most_idle(self) -> int:
+        return 1 if self.runtime.num_lanes == 1 else 1 + self.runtime.num_lanes
+
+    def new_cache(self) -> ReadingCache:
+        """Memory for one batch, taken as it is written."""
         return ReadingCache(
             self.runtime.architecture,
-            num_positions=max(self.context_length, max_batch_tokens, _LEAST_POSITIONS // num_shares),
-            max_rows=max(1, max_batch_tokens // _TOKENS_PER_RING),
+            num_positions=max(self.context_length, self.max_batch_tokens, _LEAST_POSITIONS // self._shares),
+            max_rows=max(1, self.max_batch_tokens // _TOKENS_PER_RING),
         )
 
     def close(self) -> None:
         """Gives idle memory back; that of jobs that are open goes with them."""
         with self._idle_lock:
             self._is_closed = True
-            self._idle = None
+            self._idle.clear()
 
 
 class _ReadingLanes:
-    """A job's batches side by side: of all lanes together they have the tokens and the memory of one.
+    """A job's batches side by side; its memory is that of one for each lane.
 
-    A job that ends with its first window is not worth a session of its own, nor a short window the memory.
+    Args:
+        reader: whose runtime has lanes, or has not.
+        driver: whose turns are waited for.
+        job: that processes the batches.
+        stack: of what ends with the job.
     """
 
-    def __init__(self, reader: Reader, driver: Driver, job: Job[Any, Any, Any]) -> None:
+    def __init__(self, reader: Reader, driver: Driver, job: Job[Any, Any, Any], stack: ExitStack) -> None:
         self._reader = reader
         self._driver = driver
         self._job = job
-        self._num_windows = 0
-        self._runs: list[Run] = []
+        self._stack = stack
         self._lanes: Lanes[Sequence[Passage]] | None = None
 
-    def read(self, passages: Sequence[Passage]) -> bool:
-        """Reads a window in one turn, if there are lanes, and batches enough for all of them."""
-        self._num_windows += 1
-        runtime = self._reader.runtime
-        if runtime.num_lanes == 1 or self._driver.is_carried:
-            return False
-        is_likely_long = self._num_windows > 1 or runtime.has_lanes
-        num_tokens = sum(passage.num_tokens for passage in passages)
-        if not is_likely_long or num_tokens < _LANES_BATCHES * self._reader.max_batch_tokens:
-            return False
-        lanes = self._lanes or self._opened()
-        first = self._runs[0]
-        found = list(batches(passages, first.cache, max_batch_tokens=first.max_batch_tokens))
-        if not is_balanced((len(batch) * batch[0].num_tokens for batch in found), len(self._runs)):
-            return False
-        self._driver.compute(partial(lanes.run, found))
-        return True
-
-    def close(self) -> None:
-        """Ends the threads."""
-        if self._lanes is not None:
-            self._lanes.close()
+    def read(self, found: Iterable[list[AnyPassage]]) -> Iterable[list[AnyPassage]]:
+        """Reads a window's batches, if there are lanes and enough for all of them; returns what is left."""
+        num_lanes = self._reader.runtime.num_lanes
+        if num_lanes == 1:
+            return found
+        waiting = list(found)
+        is_worthwhile = sum(map(_num_padded, waiting)) >= _LEAST_LANE_BATCHES * self._reader.max_batch_tokens
+        if not (is_worthwhile and is_balanced(map(_num_padded, waiting), num_lanes)):
+            return waiting
+        while waiting and not self._driver.is_carried:
+            lanes = self._lanes or self._opened()
+            count = num_tokens = 0
+            while count < len(waiting) and num_tokens < _TURN_TOKENS:
+                num_tokens += _num_padded(waiting[count])
+                count += 1
+            self._driver.compute(partial(lanes.run, waiting[:count]))
+            waiting = waiting[count:]
+        return waiting
 
     def _opened(self) -> Lanes[Sequence[Passage]]:
         readers = self._driver.compute(self._reader.runtime.lanes)
-        self._runs = [
+        runs = [
             Run(
                 self._reader,
-                self._reader.new_cache(num_shares=len(readers)),
-                max_batch_tokens=max(1, self._reader.max_batch_tokens // len(readers)),
+                self._stack.enter_context(self._reader.cache()),
                 wants_logits=self._job.wants_logits,
                 read=partial(self._read_piece, each),
             )
             for each in readers
         ]
-        self._lanes = Lanes([partial(_swapped, self._job.process, run) for run in self._runs])
+        self._lanes = Lanes([partial(_swapped, self._job.process, run) for run in runs])
+        self._stack.enter_context(closing(self._lanes))
         return self._lanes
 
     def _read_piece(
@@ -399,6 +406,11 @@ class _ReadingLanes:
         self._lanes.check()
         self._driver.check_open()
         return reader.read(piece, logits=logits)
+
+
+def _num_padded(batch: Sequence[Passage]) -> int:
+    """Tokens of a batch, the longest first, as if all were as long."""
+    return len(batch) * batch[0].num_tokens
 
 
 def _swapped(process: Callable[[Sequence[Passage], Run], None], run: Run, batch: Sequence[Passage]) -> None:

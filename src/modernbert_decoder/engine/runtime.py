@@ -12,8 +12,6 @@ labels, C model width.
 from __future__ import annotations
 
 import enum
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
@@ -24,7 +22,7 @@ from numpy.typing import NDArray
 
 from modernbert_decoder.architecture import DecoderArchitecture, Head
 from modernbert_decoder.engine.batch_invariance import CallShape, Pairs, pieces
-from modernbert_decoder.engine.calls import Call, Piece, Row, Stepwise, StepwiseCall
+from modernbert_decoder.engine.calls import Call, Meter, Piece, Row, Stepwise, StepwiseCall
 from modernbert_decoder.engine.kv_cache import Float32, KVCache, Layers, SlotBuffer
 from modernbert_decoder.engine.piece_reader import PieceReader
 from modernbert_decoder.engine.rings import most_new_tokens
@@ -38,9 +36,9 @@ _MAX_PADDING: Final = 0.15
 _MAX_KEPT_CALLS: Final = 32
 _MAX_KEPT_TOKENS: Final = 16
 _Open = Callable[..., onnxruntime.InferenceSession]
-# Texts are read side by side by at most so many threads: each holds keys and values of its own.
+# More threads do not read side by side: each would hold keys and values of its own.
 _MOST_LANES: Final = 4
-# And if the layers take at most so much memory: each thread reads them all, at best from a cache they share.
+# Nor do any if the layers take more: each thread reads them all, at best from a cache they share.
 _MOST_LANE_BYTES: Final = 16 << 20
 _Key = TypeVar("_Key")
 
@@ -87,8 +85,6 @@ class Runtime:
 
     Attributes:
         cache: the slots.
-        network_seconds: time spent inside session calls so far, of all lanes together.
-        num_calls: session calls so far.
     """
 
     def __init__(
@@ -120,9 +116,7 @@ class Runtime:
         self._layer_bytes = sum(each.nbytes for name, each in weights.items() if "layers." in name)
         self._lane_session: onnxruntime.InferenceSession | None = None
         self.cache = KVCache(architecture, num_slots=num_slots, capacity=context_length)
-        self.network_seconds = 0.0
-        self.num_calls = 0
-        self._counting = threading.Lock()
+        self._meter = Meter()
         self._held: list[NDArray[Any]] = []
 
         def opener(weights: Mapping[str, NDArray[Any]]) -> _Open:
@@ -200,20 +194,25 @@ class Runtime:
         return self._reader.empty_logits(count)
 
     @property
-    def num_lanes(self) -> int:
-        """How many texts can be read side by side, each by one thread; 1 if all threads share every call."""
-        is_possible = (
-            self.architecture.head is not Head.CAUSAL_LM
-            and self._providers == (CPU_PROVIDER,)
-            and self._threads <= _MOST_LANES
-            and self._layer_bytes <= _MOST_LANE_BYTES
-        )
-        return self._threads if is_possible else 1
+    def network_seconds(self) -> float:
+        """Time spent inside session calls so far, of all threads that made some together."""
+        return self._meter.seconds
 
     @property
-    def has_lanes(self) -> bool:
-        """Whether their session is open already."""
-        return self._lane_session is not None
+    def num_calls(self) -> int:
+        """Session calls so far."""
+        return self._meter.num_calls
+
+    @property
+    def suits_lanes(self) -> bool:
+        """Whether texts had better be read side by side, each by one thread, if there are several."""
+        return self.architecture.head is not Head.CAUSAL_LM and self._layer_bytes <= _MOST_LANE_BYTES
+
+    @property
+    def num_lanes(self) -> int:
+        """How many texts are read side by side; 1 if all threads share every call."""
+        is_possible = self._providers == (CPU_PROVIDER,) and self._threads <= _MOST_LANES
+        return self._threads if is_possible and self.suits_lanes else 1
 
     def lanes(self) -> list[PieceReader]:
         """So many readers for as many threads, on a session that packs the weights once more."""
@@ -227,7 +226,7 @@ class Runtime:
             self.architecture,
             is_selective=self._is_selective,
             num_positions=self._num_positions,
-            execute=self._execute,
+            meter=self._meter,
         )
 
     def close(self) -> None:
@@ -300,7 +299,7 @@ class Runtime:
             )
             _keep(self._decoding, key, call)
         call.fill_tokens(rows)
-        self._execute(call)
+        self._meter.execute(call)
         for row in rows:
             row.slot.length += 1
         assert call.logits is not None
@@ -309,19 +308,11 @@ class Runtime:
     def _run(self, rows: Sequence[Row]) -> Float32:
         call = self._call(rows[0].slot.index, rows)
         call.fill_rows(rows)
-        self._execute(call)
+        self._meter.execute(call)
         for row in rows:
             row.slot.length += len(row.token_ids)
         assert call.logits is not None, "rows with slots are for language models"
         return call.logits
-
-    def _execute(self, call: Call) -> None:
-        started = time.perf_counter()
-        call.session.run_with_iobinding(call.binding)
-        seconds = time.perf_counter() - started
-        with self._counting:  # lanes count, too
-            self.network_seconds += seconds
-            self.num_calls += 1
 
     def _call(self, first: int, rows: Sequence[Row]) -> Call:
         """Bindings for these rows; those of small calls that come again and again are kept."""
