@@ -227,13 +227,13 @@ def int8(tmp_path: Path) -> Runtime:
 def recorded(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The calls that a runtime makes from now on."""
     calls: list[Any] = []
-    execute = runtime._execute
+    execute = runtime._meter.execute
 
     def record(call: Any) -> None:
         calls.append(call)
         execute(call)
 
-    monkeypatch.setattr(runtime, "_execute", record)
+    monkeypatch.setattr(runtime._meter, "execute", record)
     return calls
 
 

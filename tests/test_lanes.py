@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,3 +332,41 @@ def test_two_threads_may_have_jobs_at_once(counted: Counted) -> None:
     assert len(found) == 3
     for each in found:
         assert all(np.abs(a - b).max() < TOLERANCE for a, b in zip(each, expected, strict=True))
+
+
+def test_memory_of_lanes_goes_with_their_job(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only once the garbage collector comes."""
+    monkeypatch.setattr(reading, "_KEPT_POSITIONS", -1)
+    new_cache = counted.llm._reader.new_cache
+    made: list[weakref.ref[Any]] = []
+
+    def remembered() -> Any:
+        cache = new_cache()
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(counted.llm._reader, "new_cache", remembered)
+    gc.collect()
+    gc.disable()
+    try:
+        answers(counted.llm, texts_of(counted.llm, 80))
+        assert counted.num_lane_pieces > 0
+        assert len(made) == 3
+        assert [each() for each in made] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_lanes_take_turns_of_whole_rounds(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of texts that fill a turn each, none is left to one lane alone."""
+    monkeypatch.setattr(reading, "_TURN_TOKENS", 1)
+    turns: list[int] = []
+    run = Lanes.run
+
+    def recorded(lanes: Any, batches: Any) -> None:
+        turns.append(len(batches))
+        run(lanes, batches)
+
+    monkeypatch.setattr(Lanes, "run", recorded)
+    answers(counted.llm, [unpadded_ids(counted.llm, 200, seed=i) for i in range(4)])
+    assert turns == [2, 2]

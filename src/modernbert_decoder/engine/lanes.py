@@ -82,8 +82,10 @@ class Lanes(Generic[Batch]):
 
     def _join(self, futures: Sequence[Future[None]]) -> None:
         interruption: BaseException | None = None
-        while not all(future.done() for future in futures):
+        while True:
             try:
+                if all(future.done() for future in futures):
+                    break
                 wait(futures)
             except BaseException as error:  # of the user: the lanes end with what they are at
                 self._stopped.set()

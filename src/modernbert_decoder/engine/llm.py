@@ -100,8 +100,8 @@ class LLM:
         chunk_size: prompt tokens per step: smaller ones delay running streams less, larger ones are faster.
         max_batch_tokens: most tokens of a batch of texts that are classified, embedded, scored or ranked,
             padding included; by default 512, and 256 for classifiers and bare models of the smallest sizes,
-            which each thread reads by itself where there are texts enough. More is not faster on processors:
-            the batch then leaves their caches.
+            whose batches are each read by one thread where there are enough of them. More is not faster on
+            processors: the batch then leaves their caches.
         prefix_cache_bytes: memory for the beginnings of earlier texts: prompts that share one do not compute
             it again. 0 keeps none.
         speculation: guess several tokens ahead and verify them in one step. What is generated does not

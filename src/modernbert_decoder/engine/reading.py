@@ -285,7 +285,7 @@ class Reader:
         self._is_closed = False
 
     def read(self, texts: Iterable[Given], job: Job[Given, Prepared, Result]) -> Iterator[Result | TextError]:
-        """The results, in the order of the texts; takes no more texts ahead than a few dozen batches."""
+        """The results, in the order of the texts; takes no more texts ahead than a window of batches."""
         later = self._window_tokens * (_LANES_WINDOWS if self.runtime.suits_lanes else 1)
         with ExitStack() as stack:
             cache = stack.enter_context(self.cache())
@@ -377,7 +377,7 @@ class _ReadingLanes:
         while waiting and not self._driver.is_carried:
             lanes = self._lanes or self._opened()
             count = num_tokens = 0
-            while count < len(waiting) and num_tokens < _TURN_TOKENS:
+            while count < len(waiting) and (num_tokens < _TURN_TOKENS or count % num_lanes):
                 num_tokens += _num_padded(waiting[count])
                 count += 1
             self._driver.compute(partial(lanes.run, waiting[:count]))
@@ -385,6 +385,7 @@ class _ReadingLanes:
         return waiting
 
     def _opened(self) -> Lanes[Sequence[Passage]]:
+        self._stack.callback(self._forget)
         readers = self._driver.compute(self._reader.runtime.lanes)
         runs = [
             Run(
@@ -398,6 +399,10 @@ class _ReadingLanes:
         self._lanes = Lanes([partial(_swapped, self._job.process, run) for run in runs])
         self._stack.enter_context(closing(self._lanes))
         return self._lanes
+
+    def _forget(self) -> None:
+        """Lets go of the caches, which hold this object by way of the lanes."""
+        self._lanes = None
 
     def _read_piece(
         self, reader: PieceReader, piece: Piece, logits: Float32 | None
