@@ -396,7 +396,7 @@ class _ReadingLanes:
             )
             for each in readers
         ]
-        self._lanes = Lanes([partial(_swapped, self._job.process, run) for run in runs])
+        self._lanes = Lanes([partial(self._job.process, run=run) for run in runs])
         self._stack.enter_context(closing(self._lanes))
         return self._lanes
 
@@ -416,10 +416,6 @@ class _ReadingLanes:
 def _num_padded(batch: Sequence[Passage]) -> int:
     """Tokens of a batch, the longest first, as if all were as long."""
     return len(batch) * batch[0].num_tokens
-
-
-def _swapped(process: Callable[[Sequence[Passage], Run], None], run: Run, batch: Sequence[Passage]) -> None:
-    process(batch, run)
 
 
 def batches(
