@@ -20,12 +20,13 @@ from benchmarks.attention.__main__ import (  # noqa: E402
     PUBLICATION,
     SIZES,
     AttentionResults,
-    Quartiles,
+    Row,
     is_complete,
     measure,
     page,
 )
 from benchmarks.attention.forms import FORMS, Attention, EightBits, Node, Shape, WholeScores  # noqa: E402
+from benchmarks.experiments.measure import Ratio  # noqa: E402
 from benchmarks.results import from_json  # noqa: E402
 
 from checkpoints import relative_error, tiny_architecture  # noqa: E402
@@ -72,8 +73,8 @@ def test_a_measurement_has_a_row_for_every_form_and_compares_with_the_first() ->
     call = next(iter(CALLS))
     rows = list(measure("17m", call, LayerKind.SLIDING, rounds=2, threads=1))
     assert [row.form for row in rows] == [form.name for form in FORMS]
-    assert rows[0].ratio == Quartiles(1.0, 1.0, 1.0)
-    assert all(row.seconds.median > 0 for row in rows)
+    assert rows[0].ratio == Ratio(1.0, 1.0, 1.0)
+    assert all(row.seconds > 0 for row in rows)
     results = AttentionResults(
         FORMAT,
         "2026-01-01",
@@ -88,8 +89,21 @@ def test_a_measurement_has_a_row_for_every_form_and_compares_with_the_first() ->
     assert not is_complete(results)
 
 
-def test_quartiles_lie_around_the_median() -> None:
-    assert Quartiles.of([5, 1, 2, 3, 4]) == Quartiles(3.0, 2.0, 4.0)
+def test_the_page_gives_medians_and_quartiles() -> None:
+    rows = [
+        Row(
+            "17m",
+            "full",
+            "a call",
+            form.name,
+            2e-6,
+            Ratio.of([8.0, 8.0, 8.0, 8.0, 8.0], [8.0, 4.0, 2.0, 2.0, 1.0]),
+        )
+        for form in FORMS
+    ]
+    machine = {"cpu": "a processor", "flags": [], "logical_processors": 2, "memory_gib": 8, "system": "Linux"}
+    text = page(AttentionResults(FORMAT, "2026-01-01", machine, 2, {}, is_quick=True, rows=rows))
+    assert "| a call | full | 17m | 2.00 | 4.00 (2.00 to 4.00) | 4.00 (2.00 to 4.00) |" in text
 
 
 def test_the_page_is_that_of_the_newest_results() -> None:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.attention.forms import FORMS, Attention, Node, Shape
+from benchmarks.experiments.measure import Ratio
 from benchmarks.machine import describe_machine, harness_versions
 from benchmarks.publishing import Publication
 from benchmarks.results import Setting
@@ -26,7 +26,7 @@ from benchmarks.tables import number, setting, table
 from modernbert_decoder.architecture import LayerKind, released_architecture
 from modernbert_decoder.machine import usable_threads
 
-FORMAT = 1
+FORMAT = 2
 SIZES = ("17m", "150m")
 CALLS = {
     "1 token behind 300": Shape(1, 1, 300, 512),
@@ -66,38 +66,20 @@ _FINDINGS = (
 
 
 @dataclass(frozen=True)
-class Quartiles:
-    """The median of some numbers between their quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Quartiles:
-        """Of at least one number."""
-        low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-        return cls(float(median), float(low), float(high))
-
-    def __str__(self) -> str:
-        return f"{number(self.median)} ({number(self.low)} to {number(self.high)})"
-
-
-@dataclass(frozen=True)
 class Row:
     """One form of one call.
 
     Attributes:
-        seconds: of a call.
-        ratio: the first form's seconds over this form's, turn by turn.
+        seconds: of a call, the median over the turns.
+        ratio: how many times as fast as the first form, turn by turn.
     """
 
     size: str
     layer: str
     call: str
     form: str
-    seconds: Quartiles
-    ratio: Quartiles
+    seconds: float
+    ratio: Ratio
 
 
 @dataclass(frozen=True)
@@ -117,8 +99,8 @@ def measure(size: str, call: str, kind: LayerKind, *, rounds: int, threads: int)
         for node, found in zip(nodes, seconds, strict=True):
             found.append(_turn(node))
     for form, found in zip(FORMS, seconds, strict=True):
-        ratios = [first / each for first, each in zip(seconds[0], found, strict=True)]
-        yield Row(size, kind.name.lower(), call, form.name, Quartiles.of(found), Quartiles.of(ratios))
+        ratio = Ratio.of(seconds[0], found)
+        yield Row(size, kind.name.lower(), call, form.name, statistics.median(found), ratio)
 
 
 def _turn(node: Attention) -> float:
@@ -143,7 +125,7 @@ def page(results: AttentionResults) -> str:
     for row in results.rows:
         groups.setdefault((row.call, row.layer, row.size), {})[row.form] = row
     cells = [
-        [*key, number(1e6 * forms[Node.name].seconds.median), *(str(forms[name].ratio) for name in others)]
+        [*key, number(1e6 * forms[Node.name].seconds), *(_text(forms[name].ratio) for name in others)]
         for key, forms in groups.items()
     ]
     parts = [
@@ -155,6 +137,10 @@ def page(results: AttentionResults) -> str:
         table(header, cells),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _text(ratio: Ratio) -> str:
+    return f"{number(ratio.median)} ({number(ratio.lower)} to {number(ratio.upper)})"
 
 
 def is_complete(results: AttentionResults) -> bool:
